@@ -1,0 +1,147 @@
+"""`her-nemo <stage> [overrides]`: load the configuration, check it, start the processes, run the stage.
+
+Nothing but dispatch. torch is imported by the stage, after everything that can be checked without it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from her_nemo import __version__, launch
+from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.schema import STAGES, StageConfig
+
+SUMMARIES = {
+    "demo": "the whole line on the miniature world, with a report",
+    "convert": "Hugging Face -> Megatron checkpoint",
+    "sft": "supervised fine-tuning",
+    "reward": "reward model: Bradley-Terry on preference pairs",
+    "ppo": "PPO against the reward model",
+    "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
+    "evaluate": "replies from vLLM on held-out prompts, scored",
+}
+USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
+
+stages:
+{stages}
+
+An OVERRIDE is Hydra's: trainer.devices=2, model=qwen3_8b, model.optim.lr=1e-5.
+`her-nemo STAGE --help` lists the keys of a stage. `her-nemo --version` shows the version.
+With trainer.devices=N it starts N processes itself; under torchrun or Slurm it takes theirs.
+"""
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 2 the user can mend it (said on stderr), else what the stage returned."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    launch.die_with_launcher()
+    try:
+        return _dispatch(words)
+    except ConfigErrors as error:
+        return _refuse(error, on_every_rank=True)
+    except UserError as error:
+        return _refuse(error, on_every_rank=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        if launch.another_rank_explained():
+            return UserError.exit_code
+        raise
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        stages = "\n".join(f"  {stage:9} {SUMMARIES[stage]}" for stage in STAGES)
+        print(USAGE.format(stages=stages), end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"her-nemo {__version__}")
+        return 0
+    stage, rest = words[0], words[1:]
+    if stage in STAGES and any(word in ("-h", "--help") for word in rest):
+        print(_keys(stage))
+        return 0
+    config = _checked(stage, rest)
+    processes = _processes(config)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return launch.run(words, processes)
+    module = importlib.import_module(f"her_nemo.stages.{stage}")
+    return module.run(config) or 0
+
+
+def _checked(stage: str, words: list[str]) -> StageConfig:
+    """The configuration, or every problem with it."""
+    from her_nemo.config import compose
+    from her_nemo.planning import preflight
+
+    options, overrides = _options(words)
+    problems: list[Problem] = []
+    try:
+        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"))
+    except ConfigErrors as error:
+        if error.rest is None:
+            raise
+        config, problems = error.rest, error.problems
+    problems += preflight.check(config, os.environ)
+    if problems:
+        raise ConfigErrors(problems, stage=stage)
+    return config
+
+
+def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split --config-dir and --config-name (with = or a space) from the overrides."""
+    options: dict[str, str] = {}
+    overrides: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name in ("--config-dir", "--config-name"):
+            given = value if equals else next(remaining, None)
+            if not given:
+                raise UserError(f"{name} needs a value, e.g. {name}=DIR")
+            options[name] = given.removesuffix(".yaml") if name == "--config-name" else given
+        elif word.startswith("-"):
+            raise UserError(
+                f"no option {word!r}: an override has no dashes, e.g. trainer.devices=2 (see her-nemo --help)"
+            )
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def _processes(config: StageConfig) -> int:
+    """How many processes this machine needs; UserError when other machines take part and nobody started them."""
+    trainer = getattr(config, "trainer", None)
+    if trainer is None:
+        return 1
+    if trainer.num_nodes > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes}: start it on each node, e.g. torchrun --nnodes "
+            f"{trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+            "-m her_nemo ..., or set trainer.num_nodes=1"
+        )
+    return trainer.devices
+
+
+def _keys(stage: str) -> str:
+    """One line per key of a stage: name, default, what it is for."""
+    from her_nemo.config.compose import known_keys, subsection
+
+    lines = [f"her-nemo {stage}: {SUMMARIES[stage]}", ""]
+    for key, info in known_keys(STAGES[stage]):
+        if subsection(info.annotation) is None:
+            default = "(required)" if info.is_required() else f"= {info.default!r}"
+            lines.append(f"  {key} {default}\n      {info.description}")
+    return "\n".join(lines)
+
+
+def _refuse(error: UserError, *, on_every_rank: bool) -> int:
+    """Show a user error: through the launcher if there is one, and once if every rank has the same."""
+    rank = int(os.environ.get("RANK", "0"))
+    if not launch.leave_message(str(error)) and (rank == 0 or not on_every_rank):
+        print(f"her-nemo: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    return error.exit_code

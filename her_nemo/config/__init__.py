@@ -1,0 +1,1 @@
+"""The typed configuration: schema, Hydra composition, and errors. Importable without torch."""

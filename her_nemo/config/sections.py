@@ -1,0 +1,216 @@
+"""The sections that stages share: trainer, optimizer, data, exp_manager. Key names are NeMo-Aligner's.
+
+Types are strict: text is never read as a number, and an unknown key is an error. Defaults live here and nowhere
+else; a YAML file holds only what differs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+)
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys forbidden, types strict, values fixed after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+def knob(default: Any, description: str, **limits: Any) -> Any:
+    """A key with a default and one sentence about it."""
+    return Field(default=default, description=description, **limits)
+
+
+def required(description: str, **limits: Any) -> Any:
+    """A key without a default: the user has to give it."""
+    return Field(description=description, **limits)
+
+
+def _precision(value: Any) -> Any:
+    # Lightning's users write `precision: 32`, a number.
+    return str(value) if type(value) is int else value
+
+
+Precision = Annotated[Literal["32", "bf16", "bf16-mixed"], BeforeValidator(_precision)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+# ---------------------------------------------------------------- trainer
+
+
+class Trainer(Section):
+    """`trainer.*`: how many processes, on what, in which arithmetic."""
+
+    num_nodes: PositiveInt = knob(1, "Machines taking part.")
+    devices: PositiveInt = knob(1, "Processes per machine, one per GPU (or per CPU worker over gloo).")
+    accelerator: Literal["auto", "cpu", "gpu"] = knob(
+        "auto", "auto takes CUDA where it is, else the CPU over gloo."
+    )
+    precision: Precision = knob("32", "Arithmetic of the model: 32, bf16, or bf16-mixed (fp32 main weights).")
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.num_nodes * self.devices
+
+
+class Loop(Section):
+    """`trainer.sft.*` and `trainer.rm.*`: how long, how often to validate and to save. Steps are optimizer steps."""
+
+    max_epochs: PositiveInt = knob(
+        1, "Passes over the training data; the run ends at max_steps if that is sooner."
+    )
+    max_steps: Annotated[int, Field(ge=-1)] = knob(-1, "Optimizer steps in all; -1 sets no limit.")
+    val_check_interval: PositiveInt = knob(100, "Optimizer steps between validations.")
+    save_interval: PositiveInt = knob(100, "Optimizer steps between checkpoints.")
+    limit_val_batches: Annotated[int, Field(ge=0)] | Fraction | None = knob(
+        None, "Validation global batches: a whole number of them, a share of all (0.1), or null for all."
+    )
+    gradient_clip_val: NonNegativeFloat = knob(
+        1.0, "Global gradient norm is clipped to this; 0 turns clipping off."
+    )
+
+    def val_batches(self, available: int) -> int:
+        """How many of `available` validation batches to run."""
+        limit = self.limit_val_batches
+        if limit is None:
+            return available
+        return min(available, limit) if isinstance(limit, int) else int(available * limit)
+
+
+class PpoLoop(Section):
+    """`trainer.ppo.*`: the PPO loop. One step is one rollout followed by its updates."""
+
+    max_steps: PositiveInt = knob(
+        100, "PPO steps in all (a rollout and its updates each), critic warm-up included."
+    )
+    critic_warmup_steps: NonNegativeInt = knob(0, "Steps at the start that update the critic alone.")
+    max_epochs: PositiveInt = knob(1, "Passes over each rollout's samples.")
+    val_check_interval: PositiveInt = knob(10, "PPO steps between validations.")
+    save_interval: PositiveInt = knob(50, "PPO steps between checkpoints.")
+    gradient_clip_val: NonNegativeFloat = knob(
+        1.0, "Global gradient norm is clipped to this; 0 turns clipping off."
+    )
+    initial_policy_kl_penalty: NonNegativeFloat = knob(
+        0.02, "Weight of the per-token KL to the frozen reference."
+    )
+    discount_factor: Fraction = knob(1.0, "Discount of later rewards, per token.")
+    gae_lambda: Fraction = knob(0.95, "Lambda of generalised advantage estimation.")
+    normalize_advantages: bool = knob(True, "Whiten advantages over the trained tokens of the whole rollout.")
+    rollout_batch_seq_length: PositiveInt | None = knob(
+        None, "Pad every rollout to this many tokens; null pads to the longest prompt + response."
+    )
+
+
+class SftTrainer(Trainer):
+    """`trainer.*` of SFT."""
+
+    sft: Loop = Loop()
+
+
+class RewardTrainer(Trainer):
+    """`trainer.*` of the reward model."""
+
+    rm: Loop = Loop()
+
+
+class PpoTrainer(Trainer):
+    """`trainer.*` of PPO."""
+
+    ppo: PpoLoop = PpoLoop()
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+class Sched(Section):
+    """`optim.sched.*`: the learning-rate schedule, in optimizer steps."""
+
+    name: Literal["constant", "CosineAnnealing"] = knob("constant", "Shape after the warm-up.")
+    warmup_steps: NonNegativeInt = knob(0, "Steps of linear warm-up from 0.")
+    constant_steps: NonNegativeInt = knob(0, "CosineAnnealing: steps held at min_lr at the end.")
+    min_lr: NonNegativeFloat = knob(0.0, "CosineAnnealing: where it ends.")
+
+
+class OptimConfig(Section):
+    """`model.optim.*` and `critic.optim.*`: AdamW through megatron-core."""
+
+    name: Literal["fused_adam", "distributed_fused_adam"] = knob(
+        "distributed_fused_adam",
+        "distributed_fused_adam shards optimizer states over the data-parallel ranks.",
+    )
+    lr: NonNegativeFloat = knob(1e-5, "Peak learning rate.")
+    weight_decay: NonNegativeFloat = knob(0.01, "Decoupled weight decay.")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = knob(
+        [0.9, 0.98], "Adam's two betas."
+    )
+    sched: Sched = Sched()
+
+
+# ---------------------------------------------------------------- data
+
+
+class Dataset(Section):
+    """One data file."""
+
+    file_path: str = required("A JSON-lines file; docs/data.md has the schema each stage reads.")
+
+
+class OptionalDataset(Section):
+    """A data file a stage can do without."""
+
+    file_path: str | None = knob(None, "A JSON-lines file; null turns validation off.")
+
+
+class Data(Section):
+    """`model.data.*`: SFT reads messages, the reward model reads pairs, PPO reads prompts."""
+
+    train_ds: Dataset
+    validation_ds: OptionalDataset = OptionalDataset()
+    skip_malformed: bool = knob(False, "Skip and count malformed lines in place of stopping at them.")
+    shuffle: bool = knob(True, "Shuffle the training data anew each epoch, by model.seed.")
+
+
+class Tokenizer(Section):
+    """`model.tokenizer.*`."""
+
+    path: str | None = knob(
+        None, "A Hugging Face tokenizer directory; null takes the one beside the checkpoint."
+    )
+
+
+# ---------------------------------------------------------------- run directory and checkpoints
+
+
+class CheckpointCallbackParams(Section):
+    """`exp_manager.checkpoint_callback_params.*`."""
+
+    save_top_k: Annotated[int, Field(ge=-1)] = knob(2, "Newest checkpoints kept; -1 keeps all, 0 saves none.")
+
+
+class ExpManager(Section):
+    """`exp_manager.*`: the run directory, and whether to go on from what lies there."""
+
+    explicit_log_dir: str = required(
+        "The run directory: checkpoints/, tensorboard/, metrics.jsonl, config.yaml."
+    )
+    resume_if_exists: bool = knob(True, "Go on from the newest checkpoint in the run directory.")
+    resume_ignore_no_checkpoint: bool = knob(True, "With resume_if_exists: start afresh when there is none.")
+    checkpoint_callback_params: CheckpointCallbackParams = CheckpointCallbackParams()
+
+
+class PretrainedCheckpoint(Section):
+    """A checkpoint to start from."""
+
+    restore_from_path: str = required(
+        "A Hugging Face directory, or one of our Megatron checkpoint directories."
+    )

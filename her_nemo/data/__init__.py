@@ -1,0 +1,1 @@
+"""Rows, token ids with layer masks, and batches; and the miniature world."""

@@ -1,0 +1,274 @@
+"""From rows to token ids, with the reply apart from its prompt and a segment kind on every reply token.
+
+Prompt and reply are encoded separately, as in serving, where the engine is given the prompt's ids and
+generates the reply's: so the tokens that are trained on and the tokens that are served are the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from her_nemo.config.errors import UserError
+from her_nemo.roleplay.kinds import Kind
+from her_nemo.roleplay.prompt import CHAT_TEMPLATE, Message, drop_oldest_turns
+from her_nemo.roleplay.turn import parse_turn
+
+KIND_NONE, SYSTEM_THINKING, ROLE_THINKING, ROLE_ACTION, SPEECH = range(5)
+KIND_CODES: Mapping[Kind, int] = {
+    Kind.SYSTEM_THINKING: SYSTEM_THINKING,
+    Kind.ROLE_THINKING: ROLE_THINKING,
+    Kind.ROLE_ACTION: ROLE_ACTION,
+    Kind.SPEECH: SPEECH,
+}
+KIND_NAMES: Mapping[int, str] = {code: kind.value for kind, code in KIND_CODES.items()}
+
+MESSAGE_END, TEXT_END = "<|im_end|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on: token_ids[prompt_length:] is the reply with its <|im_end|>."""
+
+    trace_id: str
+    token_ids: NDArray[np.int32]  # (S,)
+    prompt_length: int
+    kinds: NDArray[np.int8]  # (S,), KIND_NONE on the prompt
+    turns_dropped: int = 0  # oldest user turns left out so that it fits
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to generate from."""
+
+    trace_id: str
+    token_ids: NDArray[np.int32]
+    turns_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that cannot be used at this length, and why."""
+
+    trace_id: str
+    reason: str  # reply_too_long | prompt_too_long
+    needed: int  # tokens of the shortest form of the row
+    max_length: int
+
+
+class Tokeniser:
+    """A Hugging Face fast tokenizer with our chat template, whatever template its directory has."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Loads from a local directory only.
+
+        Raises:
+            UserError: if there is no fast tokenizer there, or it lacks Qwen's ChatML tokens.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"tokenizer directory {self.directory} does not exist")
+        try:
+            self.hf = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot load a tokenizer from {self.directory}: {error}") from error
+        if not self.hf.is_fast:
+            raise UserError(f"{self.directory}: not a fast tokenizer; offsets are needed for the layer masks")
+        vocabulary = self.hf.get_vocab()
+        missing = [t for t in ("<|im_start|>", MESSAGE_END, TEXT_END) if t not in vocabulary]
+        if missing:
+            raise UserError(f"{self.directory}: tokenizer without {', '.join(missing)}; Qwen3's has them")
+        self.hf.chat_template = CHAT_TEMPLATE
+        self.eos_id: int = vocabulary[MESSAGE_END]
+        self.pad_id: int = vocabulary[TEXT_END]
+        self.vocab_size: int = max(vocabulary.values()) + 1
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt as it is served: chat template and generation prompt."""
+        encoded = self.hf.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return [int(token) for token in encoded]
+
+    def reply_ids(self, text: str) -> list[int]:
+        """A reply with the <|im_end|> that ends it."""
+        return [*self.hf.encode(text, add_special_tokens=False), self.eos_id]
+
+    def reply_with_kinds(self, text: str) -> tuple[list[int], NDArray[np.int8]]:
+        """`reply_ids` and the segment kind of each token.
+
+        A token that reaches over a border (`>King`) has the kind of its last character. Tags belong to their
+        segment; the name prefix and <|im_end|> are speech.
+        """
+        encoded = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        by_char = char_kinds(text)
+        kinds = [by_char[max(end - 1, start)] if text else SPEECH for start, end in encoded["offset_mapping"]]
+        return [*encoded["input_ids"], self.eos_id], np.array([*kinds, SPEECH], dtype=np.int8)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text with the <|endoftext|> that ends a document."""
+        return [*self.hf.encode(text, add_special_tokens=False), self.pad_id]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of tokens; without special tokens unless asked."""
+        return self.hf.decode(
+            [int(token) for token in ids],
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def char_kinds(text: str) -> NDArray[np.int8]:
+    """The kind of each character of a reply, by `parse_turn`."""
+    kinds = np.full(max(len(text), 1), SPEECH, dtype=np.int8)
+    for segment in parse_turn(text).segments:
+        kinds[segment.start : segment.end] = KIND_CODES[segment.kind]
+    return kinds
+
+
+def encode_sample(tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int) -> Sample | Dropped:
+    """A row of sources.read_jsonl(kind="sft"): prompt and trained reply in at most `max_length` tokens.
+
+    An over-long conversation loses its oldest turns, never a part of the reply.
+    """
+    reply, kinds = tokeniser.reply_with_kinds(row["messages"][-1]["content"])
+    prompt = _fit(tokeniser, row["trace_id"], row["messages"][:-1], len(reply), max_length)
+    return prompt if isinstance(prompt, Dropped) else _join(prompt, reply, kinds)
+
+
+def encode_pair(
+    tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int
+) -> tuple[Sample, Sample] | Dropped:
+    """A row of kind "pairs": (chosen, rejected), both with the same prompt."""
+    replies = [tokeniser.reply_with_kinds(row[key]) for key in ("chosen", "rejected")]
+    longest = max(len(ids) for ids, _ in replies)
+    prompt = _fit(tokeniser, row["trace_id"], row["messages"], longest, max_length)
+    if isinstance(prompt, Dropped):
+        return prompt
+    chosen, rejected = (_join(prompt, ids, kinds) for ids, kinds in replies)
+    return chosen, rejected
+
+
+def encode_prompt(tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int) -> Prompt | Dropped:
+    """A row of kind "prompts" in at most `max_length` tokens (the reply's room is the caller's to keep)."""
+    return _fit(tokeniser, row["trace_id"], row["messages"], 0, max_length)
+
+
+def _fit(
+    tokeniser: Tokeniser, trace_id: str, messages: Sequence[Message], reply_length: int, max_length: int
+) -> Prompt | Dropped:
+    if reply_length >= max_length:
+        return Dropped(trace_id, "reply_too_long", reply_length, max_length)
+    needed = 0
+    dropped = 0
+    while (shorter := drop_oldest_turns(messages, dropped)) is not None:
+        ids = tokeniser.prompt_ids(shorter)
+        needed = len(ids) + reply_length
+        if needed <= max_length:
+            return Prompt(trace_id, np.array(ids, dtype=np.int32), dropped)
+        dropped += 1
+    return Dropped(trace_id, "prompt_too_long", needed, max_length)
+
+
+def _join(prompt: Prompt, reply: Sequence[int], kinds: NDArray[np.int8]) -> Sample:
+    none = np.full(len(prompt), KIND_NONE, dtype=np.int8)
+    return Sample(
+        trace_id=prompt.trace_id,
+        token_ids=np.concatenate([prompt.token_ids, np.array(reply, dtype=np.int32)]),
+        prompt_length=len(prompt),
+        kinds=np.concatenate([none, kinds]),
+        turns_dropped=prompt.turns_dropped,
+    )
+
+
+@dataclass
+class EncodeReport:
+    """What became of the rows of one file."""
+
+    kept: int = 0
+    shortened: int = 0  # kept, without their oldest turns
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        lost = sum(self.dropped.values())
+        return f"{self.kept} kept ({self.shortened} shortened), {lost} dropped" + (
+            f" ({reasons})" if reasons else ""
+        )
+
+
+Encoded = TypeVar("Encoded")
+Encoder = Callable[[Tokeniser, Mapping[str, Any], int], Encoded | Dropped]
+
+
+def encode_all(
+    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], max_length: int
+) -> tuple[list[Encoded], EncodeReport]:
+    """All rows through `encode_sample`, `encode_pair` or `encode_prompt`, with the count of what was lost.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    report = EncodeReport()
+    kept: list[Encoded] = []
+    longest = 0
+    for row in rows:
+        encoded = encoder(tokeniser, row, max_length)
+        if isinstance(encoded, Dropped):
+            report.dropped[encoded.reason] += 1
+            longest = max(longest, encoded.needed)
+            continue
+        kept.append(encoded)
+        first = encoded[0] if isinstance(encoded, tuple) else encoded
+        report.shortened += bool(first.turns_dropped)
+    report.kept = len(kept)
+    if not kept:
+        raise UserError(
+            f"no row fits in {max_length} tokens ({report}; the longest needs {longest}): "
+            "raise model.encoder_seq_length"
+        )
+    return kept, report
+
+
+def pack_text(ids_iter: Iterable[Sequence[int]], length: int) -> Iterator[NDArray[np.int32]]:
+    """Documents end to end, cut into blocks of `length` tokens. The last, partial block is left out.
+
+    Attention is not stopped at document borders: the <|endoftext|> between them marks the border.
+    """
+    if length < 2:
+        raise ValueError(f"cannot pack into blocks of {length}: two tokens are needed to predict one")
+    buffer: list[int] = []
+    for ids in ids_iter:
+        buffer.extend(ids)
+        while len(buffer) >= length:
+            yield np.array(buffer[:length], dtype=np.int32)
+            del buffer[:length]
+
+
+def text_samples(tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], length: int) -> list[Sample]:
+    """Rows of kind "text", packed: every token is trained, and none has a segment kind.
+
+    Raises:
+        UserError: if all the text together is shorter than one block.
+    """
+    ids = (tokeniser.text_ids(row["text"]) for row in rows)
+    none = np.full(length, KIND_NONE, dtype=np.int8)
+    samples = [Sample(f"block-{i}", block, 0, none) for i, block in enumerate(pack_text(ids, length))]
+    if not samples:
+        raise UserError(
+            f"the text is shorter than one block of {length} tokens: lower the length or add text"
+        )
+    return samples

@@ -1,0 +1,318 @@
+"""Sharded checkpoints of model, optimizer, schedule and random state, through megatron-core's dist_checkpointing.
+
+A checkpoint can be loaded at any tensor, pipeline and data-parallel layout; at the layout it was written with,
+a run continues bit for bit. Nothing in a checkpoint is unpickled freely: tensors are read as tensors, our own
+extras are JSON and safetensors, and torch's `.metadata` index passes an allow-list first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pickle
+import queue
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
+
+from her_nemo.config.errors import UserError
+from her_nemo.megatron import parallel
+from her_nemo.megatron.optimizer import Scheduler
+from her_nemo.megatron.qwen3 import Model, Qwen3Shape
+from her_nemo.megatron.weights import zero_vocabulary_padding
+
+ABOUT = "her_nemo.json"
+_FORMAT = 1
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """megatron-core's torch_dist writer, writing from this process.
+
+    The original forks writers and spawns a manager process for their results; a spawned process imports the
+    entry script again and hangs a script without a `__main__` guard. A synchronous save gains nothing from them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
+        before = filesystem_async._results_queue
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            return super().async_save(sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async._results_queue = before
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        if request.async_fn is None:
+            return request
+        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+        return request._replace(async_fn=functools.partial(_write_buckets, transforms))
+
+
+def _write_buckets(transforms: list[Any], _rank: int, buckets: list[Any], results: queue.Queue) -> None:
+    """Write each bucket to its file and report as megatron-core's writer processes do."""
+    report: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        done: queue.Queue = queue.Queue()
+        pending: queue.Queue = queue.Queue()
+        pending.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, done, pending, True)
+        _, written = done.get_nowait()
+        if isinstance(written, Exception):
+            results.put(written)
+            return
+        report[index] = written
+    results.put(report)
+
+
+def save(
+    directory: str | Path,
+    model: Model,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: Scheduler | None = None,
+    *,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write everything needed to continue into `directory` (made if absent, must be empty). Collective.
+
+    `extra` is JSON: counters, data-loader state; global rank 0's is kept.
+    """
+    directory = Path(directory)
+    if parallel.any_rank(parallel.is_main() and directory.is_dir() and any(directory.iterdir())):
+        raise UserError(f"{directory} is not empty: a checkpoint is never written over another")
+    directory.mkdir(parents=True, exist_ok=True)
+    parallel.barrier()
+    content = _sharded(model, optimizer, is_loading=False)
+    dist_checkpointing.save(content, str(directory), sharded_strategy=_InProcessSave())
+    save_file(_random_state(), directory / _rng_file())
+    if parallel.is_main():
+        about = {
+            "format": _FORMAT,
+            "head": model.head,
+            "fingerprint": model.fingerprint(),
+            "shape": vars(model.shape),
+            "precision": model.precision.name,
+            "layout": _layout(),
+            "has_optimizer": optimizer is not None,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "extra": extra or {},
+        }
+        (directory / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    parallel.barrier()
+
+
+def about(directory: str | Path) -> dict[str, Any]:
+    """What `save` wrote about the checkpoint: head, fingerprint, shape, layout, scheduler, extra."""
+    file = Path(directory) / ABOUT
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: {directory} is not a her_nemo checkpoint")
+    found = json.loads(file.read_text())
+    if found.get("format") != _FORMAT:
+        raise UserError(f"{file}: format {found.get('format')!r} is not {_FORMAT}")
+    return found
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """True if `directory` was written by `save`."""
+    return (Path(directory) / ABOUT).is_file()
+
+
+def shape_of(directory: str | Path) -> Qwen3Shape:
+    """The model shape that the checkpoint was written with."""
+    return Qwen3Shape(**about(directory)["shape"])
+
+
+def load(
+    directory: str | Path,
+    model: Model,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: Scheduler | None = None,
+    *,
+    restore_rng: bool | None = None,
+) -> dict[str, Any]:
+    """Fill model, and optimizer and scheduler if given, from a checkpoint of any layout. Returns `extra`.
+
+    Random state is restored when an optimizer is given and the layout is the one of the save (`restore_rng`
+    overrides the first condition); at another layout it cannot be. A scalar-headed model may be filled from a
+    language model's checkpoint, without optimizer: its head is then drawn anew.
+    Raises UserError if the checkpoint holds another model or lacks what is asked for.
+    """
+    directory = Path(directory)
+    found = about(directory)
+    _check_match(directory, found, model, optimizer)
+    new_head = model.head == "scalar" and found["head"] == "lm"
+    content = _sharded(model, optimizer, is_loading=True)
+    if new_head:
+        content["model"].pop("output_layer.weight", None)
+    _check_index(directory / ".metadata")
+    with _refused_pickles(directory):
+        loaded = dist_checkpointing.load(content, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+    model.bare().load_state_dict(loaded["model"], strict=False)
+    if new_head and parallel.is_last_stage():
+        model.bare().output_layer.reset()
+    zero_vocabulary_padding(model)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if scheduler is not None:
+        if found["scheduler"] is None:
+            raise UserError(f"{directory} was saved without a scheduler: it holds weights, not a run to continue")
+        scheduler.load_state_dict(found["scheduler"])
+    if (restore_rng if restore_rng is not None else optimizer is not None) and found["layout"] == _layout():
+        _set_random_state(load_file(directory / _rng_file()))
+    parallel.barrier()
+    return found["extra"]
+
+
+def _check_match(
+    directory: Path, found: dict[str, Any], model: Model, optimizer: MegatronOptimizer | None
+) -> None:
+    shape = Qwen3Shape(**found["shape"])
+    same = found["fingerprint"] == model.fingerprint()
+    # Tying only concerns the vocabulary head, which a new scalar head replaces.
+    from_lm = (
+        optimizer is None
+        and (found["head"], model.head) == ("lm", "scalar")
+        and shape.fingerprint("scalar") == model.fingerprint()
+    )
+    if not same and not from_lm:
+        mine = vars(model.shape) | {"head": model.head}
+        theirs = found["shape"] | {"head": found["head"]}
+        free = {"max_position_embeddings", "init_method_std"}
+        differences = [
+            f"{key}: checkpoint {theirs[key]!r}, model {mine[key]!r}"
+            for key in mine
+            if key not in free and mine[key] != theirs[key]
+        ]
+        raise UserError(f"{directory} holds another model:\n  " + "\n  ".join(differences))
+    if optimizer is not None and not found["has_optimizer"]:
+        raise UserError(f"{directory} was saved without an optimizer: it holds weights, not a run to continue")
+
+
+def _sharded(model: Model, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """What this rank holds, as megatron-core's sharded state dict, tensors only."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    # Non-tensor entries are Transformer Engine's pickled extra states, which only FP8 recipes fill.
+    weights, _ = extract_matching_values(
+        model.bare().sharded_state_dict(metadata=metadata), lambda value: not isinstance(value, ShardedObject)
+    )
+    content: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        content["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return content
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel.tensor_size(),
+        "pipeline": parallel.pipeline_size(),
+        "data": parallel.data_size(),
+    }
+
+
+# ---------------------------------------------------------------- random state
+
+
+def _rng_file() -> str:
+    rank = torch.distributed.get_rank()
+    return f"rng_{rank:05d}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """Every generator of this process as tensors."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    for tracked, value in get_cuda_rng_tracker().get_states().items():
+        state[f"tracker.{tracked}"] = value.clone()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, *internal = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
+    position, has_gauss, cached = state["numpy_rest"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    tracked = {name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracked)
+
+
+# ---------------------------------------------------------------- no free unpickling
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_ALLOWED = frozenset(
+    (module, name)
+    for module, names in {
+        _CHECKPOINT + "metadata": (
+            "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+            "TensorProperties StorageMeta _MEM_FORMAT_ENCODING"
+        ),
+        _CHECKPOINT + "planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+        _CHECKPOINT + "filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+        "torch": "Size",
+        "collections": "OrderedDict",
+        # Where the checkpoint was written; remembered, not opened.
+        "pathlib": "PosixPath PurePosixPath",
+    }.items()
+    for name in names.split()
+)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles nothing but the plain records of torch's checkpoint index."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _ALLOWED:
+            raise UserError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint needs: not loaded")
+        return super().find_class(module, name)
+
+
+def _check_index(file: Path) -> None:
+    """UserError if the `.metadata` index, which torch unpickles, is anything but an index."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: the checkpoint is incomplete")
+    with file.open("rb") as stream:
+        try:
+            _IndexUnpickler(stream).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise UserError(f"{file} cannot be read as a checkpoint index: {error}") from None
+
+
+@contextlib.contextmanager
+def _refused_pickles(directory: Path) -> Iterator[None]:
+    """Turns torch's refusal of an unsafe `common.pt` into an error that says what is wrong."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{directory} holds a file that is not plain tensors and numbers: {error}") from None

@@ -1,0 +1,1 @@
+"""Arithmetic on configurations, before any process group or GPU is touched. Importable without torch."""

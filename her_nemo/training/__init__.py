@@ -1,0 +1,1 @@
+"""What every training loop shares: checkpoints, metrics, signals and the optimizer step."""

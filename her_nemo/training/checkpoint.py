@@ -1,0 +1,157 @@
+"""Checkpoints of a run: written whole or not at all, found again, and pruned.
+
+    <run>/checkpoints/step_00000100/            tensors (torch_dist), counters, tokenizer
+    <run>/checkpoints/step_00000100/manifest.json   written last: no manifest, no checkpoint
+    <run>/checkpoints/latest                    one line, replaced atomically
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from her_nemo.config.errors import UserError
+from her_nemo.megatron import parallel
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+TOKENIZER_DIR = "tokenizer"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished checkpoint says of itself."""
+
+    directory: Path
+    step: int
+    models: dict[str, dict[str, Any]]  # name ("model", "critic") -> {"shape": ..., "head": ..., "fingerprint": ...}
+    counters: dict[str, Any]  # sampler, consumed samples, scheduler...: whatever the stage resumes from
+    config: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "sha256": str}
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.directory / TOKENIZER_DIR
+
+
+def write(
+    directory: Path,
+    step: int,
+    save_tensors: Callable[[Path], None],
+    *,
+    models: Mapping[str, dict[str, Any]],
+    counters: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Path | None,
+) -> None:
+    """Write one checkpoint into `directory` (collective).
+
+    `save_tensors(dir)` is called on every rank. The manifest, with the hash of every file, comes last
+    and by rename: whatever interrupts the write leaves a directory that nothing takes for a checkpoint.
+    """
+    if parallel.is_main():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, directory / TOKENIZER_DIR)
+    parallel.barrier()
+    save_tensors(directory)
+    parallel.barrier()
+    if parallel.is_main():
+        body = {
+            "format": FORMAT,
+            "step": step,
+            "models": dict(models),
+            "counters": dict(counters),
+            "config": dict(config),
+            "files": _hashes(directory),
+        }
+        _replace(directory / MANIFEST, json.dumps(body, indent=1, sort_keys=True))
+    parallel.barrier()
+
+
+def read(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory, or of the newest checkpoint of a run directory.
+
+    Raises:
+        UserError: no finished checkpoint there, or files are missing or of another size than written.
+    """
+    directory = newest(path) or path
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"{path}: no finished checkpoint here (no {MANIFEST}). Give a checkpoint directory, a run directory "
+            f"with checkpoints/{LATEST}, or a Hugging Face directory with config.json."
+        )
+    body = json.loads(file.read_text())
+    if body.get("format") != FORMAT:
+        raise UserError(f"{file}: checkpoint format {body.get('format')}, this her_nemo reads format {FORMAT}.")
+    broken = [
+        name for name, facts in body["files"].items()
+        if not (directory / name).is_file() or (directory / name).stat().st_size != facts["bytes"]
+    ]
+    if broken:
+        raise UserError(f"{directory}: damaged checkpoint; missing or cut short: {', '.join(sorted(broken)[:8])}.")
+    return Manifest(directory, body["step"], body["models"], body["counters"], body["config"], body["files"])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for a finished checkpoint directory and for a run directory that has one."""
+    return (path / MANIFEST).is_file() or newest(path) is not None
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint directory that `<run>/checkpoints/latest` names; None where there is none."""
+    pointer = run_dir / "checkpoints" / LATEST
+    if not pointer.is_file():
+        return None
+    directory = pointer.parent / pointer.read_text().strip()
+    return directory if (directory / MANIFEST).is_file() else None
+
+
+def step_directory(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def publish(run_dir: Path, step: int, keep: int) -> None:
+    """Point `latest` at `step` and remove all but the newest `keep` finished checkpoints (-1 keeps all)."""
+    if not parallel.is_main():
+        return
+    directory = step_directory(run_dir, step)
+    _replace(directory.parent / LATEST, directory.name + "\n")
+    finished = sorted(
+        (entry for entry in directory.parent.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()),
+        key=lambda entry: int(entry.name.removeprefix("step_")),
+    )
+    for old in finished[:-keep] if keep > 0 else []:
+        # The manifest goes first, so that a half-removed checkpoint is no checkpoint.
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old)
+
+
+def _hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    files = {}
+    for path in sorted(entry for entry in directory.rglob("*") if entry.is_file()):
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return files
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)

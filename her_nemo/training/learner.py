@@ -1,0 +1,87 @@
+"""A model that learns: the model, its optimizer and its schedule, and the one update that all stages use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from her_nemo.config.sections import OptimConfig
+from her_nemo.megatron import forward, optimizer, parallel, state
+from her_nemo.megatron.forward import TokenOutputs
+from her_nemo.megatron.qwen3 import Model
+from her_nemo.training import source as sources
+from her_nemo.training.logging import sum_metrics
+
+MicroBatch = dict[str, torch.Tensor]
+# (outputs, micro-batch) -> (sum of the loss, how many things it sums over, further sums to report)
+LossFunction = Callable[[TokenOutputs, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Learner:
+    """One trainable model of a stage (`name`: its part of a checkpoint)."""
+
+    def __init__(self, name: str, model: Model, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
+        self.name = name
+        self.model = model
+        self.optimizer = optimizer.optimizer(
+            model, lr=optim.lr, weight_decay=optim.weight_decay, betas=(optim.betas[0], optim.betas[1]),
+            clip_grad=clip_grad,
+        )
+        sched = optim.sched
+        self.scheduler = optimizer.scheduler(
+            self.optimizer, lr=optim.lr, name=sched.name, warmup_steps=sched.warmup_steps,
+            constant_steps=sched.constant_steps, min_lr=sched.min_lr, max_steps=max_steps,
+        )
+
+    @classmethod
+    def build(cls, name: str, cfg: Any, optim: OptimConfig, *, source: sources.ModelSource, head: str,
+              clip_grad: float, max_steps: int) -> Learner:
+        """Build and fill the model as `cfg.model` and `cfg.trainer` say."""
+        model = sources.build(
+            source, cfg.model, cfg.trainer.precision, head=head, trainable=True,
+            distributed_optimizer=optim.name == "distributed_fused_adam",
+        )
+        return cls(name, model, optim, clip_grad=clip_grad, max_steps=max_steps)
+
+    def update(
+        self, micro_batches: list[MicroBatch], loss_fn: LossFunction, *, step: int, with_entropy: bool = False,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """One optimizer step on the global batch (collective).
+
+        Returns the global sums that `loss_fn` reported, plus "loss" (mean), "count", "grad_norm" and "lr".
+
+        Raises:
+            FloatingPointError: the loss is not finite on some rank; the optimizer has not been touched.
+        """
+        rows = forward.forward_backward(
+            self.model, micro_batches, loss_fn, with_entropy=with_entropy, temperature=temperature
+        )
+        totals = global_sums(rows)
+        forward.assert_finite(totals["loss_sum"], step)
+        rate = self.scheduler.lr
+        grad_norm = optimizer.step(self.optimizer, step)
+        self.scheduler.step()
+        return {**totals, "loss": totals["loss_sum"] / totals["count"], "grad_norm": grad_norm, "lr": rate}
+
+    def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> dict[str, float]:
+        """The same sums without gradients."""
+        totals = global_sums(forward.evaluate(self.model, micro_batches, loss_fn))
+        return {**totals, "loss": totals["loss_sum"] / totals["count"]}
+
+    def save(self, directory: Path) -> None:
+        state.save(directory / self.name, self.model, self.optimizer, self.scheduler)
+
+    def load(self, directory: Path) -> None:
+        state.load(directory / self.name, self.model, self.optimizer, self.scheduler)
+
+
+def global_sums(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Sums over micro-batches and data-parallel replicas, the same on every rank (collective)."""
+    total = sum_metrics(rows)
+    names = sorted(total)
+    stacked = parallel.data_all_reduce(torch.stack([total[name] for name in names]))
+    return dict(zip(names, stacked.tolist(), strict=True))

@@ -1,0 +1,162 @@
+"""One run of a training stage: its directory, its process group, its checkpoints, its last words."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from her_nemo.config.errors import UserError
+from her_nemo.megatron import parallel, platform
+from her_nemo.training import checkpoint
+from her_nemo.training import source as sources
+from her_nemo.training.learner import Learner
+from her_nemo.training.logging import MetricLogger, progress
+from her_nemo.training.signals import GracefulStop
+
+SUMMARY_FILE = "summary.json"
+
+
+class Resumable(Protocol):
+    """What besides the learners a run goes on from: the data order."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Run:
+    """What a stage's loop needs around it. Made by `open_run`."""
+
+    def __init__(self, cfg: Any, source: sources.ModelSource) -> None:
+        self.cfg = cfg
+        self.source = source
+        self.directory = Path(cfg.exp_manager.explicit_log_dir)
+        self.main = parallel.is_main()
+        self.tokenizer = _tokenizer(cfg, source)
+        self.stop = GracefulStop()
+        self._learners: Sequence[Learner] = ()
+        self._order: Resumable | None = None
+        self._manifest = self._find()
+        resumed = self._manifest.step if self._manifest else 0
+        self.metrics = MetricLogger(self.directory, enabled=self.main, resumed_step=resumed)
+        self._saved_step = resumed
+        if self.main:
+            (self.directory / "config.json").write_text(json.dumps(cfg.model_dump(), indent=1))
+
+    def _find(self) -> checkpoint.Manifest | None:
+        manager = self.cfg.exp_manager
+        newest = checkpoint.newest(self.directory)
+        if newest is None:
+            if manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+                raise UserError(
+                    f"{self.directory}: no checkpoint to resume. Set exp_manager.resume_ignore_no_checkpoint=true "
+                    "to start afresh."
+                )
+            return None
+        if not manager.resume_if_exists:
+            raise UserError(
+                f"{self.directory}: holds checkpoints of an earlier run. Set exp_manager.resume_if_exists=true to go "
+                "on from them, or name another exp_manager.explicit_log_dir."
+            )
+        return checkpoint.read(newest)
+
+    def resume(self, learners: Sequence[Learner], order: Resumable) -> int:
+        """Name what a checkpoint of this run holds; load the newest one if there is one.
+
+        Returns the number of steps already done.
+        """
+        self._learners, self._order = learners, order
+        if self._manifest is None:
+            return 0
+        for learner in learners:
+            held = self._manifest.models.get(learner.name, {}).get("fingerprint")
+            if held != learner.model.fingerprint():
+                raise UserError(
+                    f"{self._manifest.directory}: its {learner.name!r} is another model than the one configured "
+                    f"(fingerprint {held}, wanted {learner.model.fingerprint()}). Name another "
+                    "exp_manager.explicit_log_dir, or the checkpoint's own architecture."
+                )
+            learner.load(self._manifest.directory)
+        order.load_state_dict(self._manifest.counters["order"])
+        return self._manifest.step
+
+    def steps(self, first: int, last: int, title: str) -> Iterator[int]:
+        """Step numbers first..last under a progress bar; ends early, on all ranks together, when told to stop."""
+        for step in progress(range(first, last + 1), total=last, done=first - 1, title=title, enabled=self.main):
+            yield step
+            if step < last and self.stop.requested():
+                self.save(step)
+                break
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` (collective), unless it is there already."""
+        keep = self.cfg.exp_manager.checkpoint_callback_params.save_top_k
+        if step == self._saved_step or keep == 0 or self._order is None:
+            return
+        directory = checkpoint.step_directory(self.directory, step)
+
+        def save_tensors(where: Path) -> None:
+            for learner in self._learners:
+                learner.save(where)
+
+        checkpoint.write(
+            directory,
+            step,
+            save_tensors,
+            models={learner.name: sources.describe(learner.model) for learner in self._learners},
+            counters={"order": self._order.state_dict()},
+            config=self.cfg.model_dump(),
+            tokenizer=self.tokenizer,
+        )
+        checkpoint.publish(self.directory, step, keep)
+        self._saved_step = step
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json` and say where everything lies."""
+        if not self.main:
+            return
+        (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        print(f"{self.cfg.name}: checkpoints, metrics and summary are in {self.directory}")
+        print(f"  tensorboard --logdir {self.directory / 'tensorboard'}")
+
+
+@contextmanager
+def open_run(cfg: Any) -> Iterator[Run]:
+    """Join the process group, look the pretrained checkpoint over, open the run directory."""
+    started = time.monotonic()
+    source = sources.locate(cfg.pretrained_checkpoint.restore_from_path)
+    with distributed(cfg):
+        run = Run(cfg, source)
+        try:
+            yield run
+        finally:
+            run.metrics.close()
+    if run.main:
+        print(f"{cfg.name}: {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def distributed(cfg: Any) -> Iterator[None]:
+    """Megatron made fit for this machine and its parallel groups, for as long as the block lasts."""
+    platform.apply()
+    parallel.initialize(
+        tensor=cfg.model.tensor_model_parallel_size,
+        pipeline=cfg.model.pipeline_model_parallel_size,
+        seed=cfg.model.seed,
+    )
+    try:
+        yield
+    finally:
+        parallel.destroy()
+
+
+def _tokenizer(cfg: Any, source: sources.ModelSource) -> Path:
+    if cfg.model.tokenizer.path is not None:
+        return Path(cfg.model.tokenizer.path)
+    if source.tokenizer is None:
+        raise UserError(f"{source.path}: no tokenizer beside the weights. Set model.tokenizer.path.")
+    return source.tokenizer

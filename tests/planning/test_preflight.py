@@ -1,0 +1,150 @@
+"""What preflight finds, case by case: each problem names its key and the change to make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from her_nemo.config import compose
+from her_nemo.config.schema import StageConfig
+from her_nemo.planning import preflight
+
+TINY = {
+    "model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024, "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+TP = "model.tensor_model_parallel_size"
+PP = "model.pipeline_model_parallel_size"
+START = "pretrained_checkpoint.restore_from_path"
+RECOMPUTE = "model.activations_checkpoint_granularity"
+GLOBAL_BATCH = "model.global_batch_size"
+VALIDATION = "model.data.validation_ds.file_path"
+ROLLOUTS = "model.ppo.num_rollout_samples"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with a Hugging Face config (hf/), a finished Megatron checkpoint (run/) and a data file."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(TINY))
+    step = tmp_path / "run" / "checkpoints" / "step_00000010"
+    step.mkdir(parents=True)
+    (step.parent / "latest").write_text("step_00000010\n")
+    shape = {
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "hidden_size": 128,
+        "tied": True,
+    }
+    (step / "manifest.json").write_text(json.dumps({"models": {"model": {"shape": shape}}}))
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+def config(place: Path, stage: str, *overrides: str) -> StageConfig:
+    given = {
+        "sft": [
+            f"pretrained_checkpoint.restore_from_path={place}/hf",
+            f"model.data.train_ds.file_path={place}/data.jsonl",
+            f"exp_manager.explicit_log_dir={place}/out",
+            "model.encoder_seq_length=512",
+        ],
+        "convert": [f"source={place}/hf", f"out={place}/out"],
+        "export": [f"checkpoint={place}/run", f"out={place}/out"],
+        "evaluate": [f"model={place}/hf", f"prompts={place}/data.jsonl", f"out={place}/out"],
+        "demo": [f"out={place}/out"],
+    }
+    given["reward"] = given["sft"]
+    given["ppo"] = [
+        *given["sft"], f"reward.restore_from_path={place}/run", "model.ppo.length_params.max_length=128",
+    ]  # fmt: skip
+    return compose.load(stage, [*given[stage], *overrides])
+
+
+def found(place: Path, stage: str, *overrides: str, **environment: str) -> dict[str, str]:
+    problems = preflight.check(config(place, stage, *overrides), environment)
+    return {problem.key: str(problem) for problem in problems}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "convert", "export", "evaluate", "demo"])
+def test_nothing_is_wrong_with_a_right_configuration(stage: str, place: Path) -> None:
+    assert found(place, stage) == {}
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "key", "words"),
+    [
+        ("sft", ["model.tensor_model_parallel_size=3", "trainer.devices=3"], TP, "does not divide"),
+        ("sft", ["model.tensor_model_parallel_size=4", "trainer.devices=4"], TP,
+         "num_query_groups = 2\n     -> use model.tensor_model_parallel_size=1 or 2"),
+        ("reward", ["model.pipeline_model_parallel_size=3", "trainer.devices=3"], PP,
+         "use model.pipeline_model_parallel_size=1 or 2 or 4"),
+        ("sft", ["model.tensor_model_parallel_size=2"], "trainer.devices", "use trainer.devices=2"),
+        ("sft", ["model.sequence_parallel=true"], "model.sequence_parallel", "needs tensor parallelism"),
+        ("sft", ["trainer.devices=2", "model.global_batch_size=6", "model.micro_batch_size=2"], GLOBAL_BATCH,
+         "use model.global_batch_size=8"),
+        ("sft", ["model.encoder_seq_length=4096"], "model.encoder_seq_length", "encoder_seq_length=2048 or less"),
+        ("sft", ["model=qwen3_8b"], "model.hidden_size", "but the checkpoint has 128"),
+        ("sft", ["pretrained_checkpoint.restore_from_path=/nope"], START, "no such dir"),
+        ("sft", ["model.data.train_ds.file_path=/nope.jsonl"], "model.data.train_ds.file_path", "no such file"),
+        ("sft", ["model.data.validation_ds.file_path=/nope.jsonl"], VALIDATION, "no such file"),
+        ("sft", ["model.tokenizer.path=/nope"], "model.tokenizer.path", "no tokenizer here"),
+        ("sft", ["model.activations_checkpoint_granularity=full"], RECOMPUTE, "needs"),
+        ("sft", ["model.activations_checkpoint_num_layers=1"], RECOMPUTE, "leave both out"),
+        ("ppo", ["reward.restore_from_path=/nope"], "reward.restore_from_path", "no such dir"),
+        ("ppo", ["critic.restore_from_path=/nope"], "critic.restore_from_path", "no such dir"),
+        ("ppo", ["model.ppo.num_rollout_samples=12"], ROLLOUTS, "num_rollout_samples=16"),
+        ("ppo", ["model.ppo.length_params.max_length=512"], "model.ppo.length_params.max_length", "no room for a"),
+        ("ppo", ["model.ppo.length_params.min_length=200"], "model.ppo.length_params.min_length", "use 128 or less"),
+        ("ppo", ["trainer.ppo.rollout_batch_seq_length=100"], "trainer.ppo.rollout_batch_seq_length", "use 512"),
+        ("evaluate", ["tensor_parallel_size=3"], "tensor_parallel_size", "=1 or 2 or 4"),
+        ("evaluate", ["sampling.max_tokens=4096"], "sampling.max_tokens", "leaves no room"),
+        ("evaluate", ["scenes=/nope"], "scenes", "no such file"),
+        ("demo", ["model=null"], "model", "use model=qwen3_tiny"),
+        ("demo", ["ppo=['trainer.ppo.max_stps=3']"], "ppo: trainer.ppo.max_stps", "mean trainer.ppo.max_steps?"),
+        ("demo", ["sft=['trainer.devices=two']"], "sft: trainer.devices", "wanted a whole number"),
+    ],
+)  # fmt: skip
+def test_each_problem(stage: str, overrides: list[str], key: str, words: str, place: Path) -> None:
+    problems = found(place, stage, *overrides)
+    assert key in problems, problems
+    assert words in problems[key]
+
+
+def test_a_directory_without_a_checkpoint_and_one_of_another_model(place: Path) -> None:
+    (place / "empty").mkdir()
+    problems = found(place, "sft", f"pretrained_checkpoint.restore_from_path={place}/empty")
+    assert "neither a Hugging Face nor a Megatron" in problems["pretrained_checkpoint.restore_from_path"]
+    (place / "hf" / "config.json").write_text(json.dumps(TINY | {"model_type": "llama"}))
+    assert "dense Qwen3" in found(place, "sft")["pretrained_checkpoint.restore_from_path"]
+
+
+def test_a_megatron_checkpoint_gives_its_shape_too(place: Path) -> None:
+    source = f"pretrained_checkpoint.restore_from_path={place}/run"
+    assert found(place, "sft", source) == {}
+    problems = found(place, "sft", source, "model.tensor_model_parallel_size=4", "trainer.devices=4")
+    assert "num_query_groups = 2" in problems["model.tensor_model_parallel_size"]
+
+
+def test_convert_and_export_want_each_the_other_s_kind(place: Path) -> None:
+    assert "not a Hugging Face directory" in found(place, "convert", f"source={place}/run")["source"]
+    assert "not a Megatron checkpoint" in found(place, "export", f"checkpoint={place}/hf")["checkpoint"]
+    assert "vLLM reads Hugging Face" in found(place, "evaluate", f"model={place}/run")["model"]
+
+
+def test_what_was_started_must_be_what_was_asked_for(place: Path) -> None:
+    assert "2 processes were started" in found(place, "sft", WORLD_SIZE="2")["trainer.devices"]
+    assert found(place, "sft", "trainer.devices=2", WORLD_SIZE="2") == {}
+
+
+def test_an_empty_file_and_a_file_in_the_way(place: Path) -> None:
+    (place / "data.jsonl").write_text("")
+    (place / "out").write_text("")
+    problems = found(place, "sft")
+    assert "the file is empty" in problems["model.data.train_ds.file_path"]
+    assert "is a file, not a directory" in problems["exp_manager.explicit_log_dir"]
