@@ -118,6 +118,17 @@ class Tokeniser:
         kinds = [by_char[max(end - 1, start)] if text else SPEECH for start, end in encoded["offset_mapping"]]
         return [*encoded["input_ids"], self.eos_id], np.array([*kinds, SPEECH], dtype=np.int8)
 
+    def kinds_of(self, ids: Sequence[int]) -> list[int]:
+        """The segment kind of each token of a reply that was generated, not encoded: its ids may not be the ones
+        that its text encodes to, so every token's characters are measured one by one."""
+        pieces = [self.decode([token]) for token in ids]
+        by_char = char_kinds("".join(pieces))
+        kinds, end = [], 0
+        for piece in pieces:
+            end += len(piece)
+            kinds.append(int(by_char[min(max(end - 1, 0), len(by_char) - 1)]))
+        return kinds
+
     def text_ids(self, text: str) -> list[int]:
         """Plain text with the <|endoftext|> that ends a document."""
         return [*self.hf.encode(text, add_special_tokens=False), self.pad_id]

@@ -47,8 +47,11 @@ class Decoder:
         length = tokens_BS.shape[1]
         if not parallel.is_first_stage():
             hidden = torch.empty(
-                length, self._batch, self._config.hidden_size,
-                dtype=self._config.pipeline_dtype, device=platform.device(),
+                length,
+                self._batch,
+                self._config.hidden_size,
+                dtype=self._config.pipeline_dtype,
+                device=platform.device(),
             )
             torch.distributed.recv(hidden, src=parallel.previous_stage_rank())
             self._module.set_input_tensor(hidden)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from her_nemo.megatron import parallel, platform
 from her_nemo.megatron.log_probs import vocab_parallel_log_probs
@@ -56,7 +57,9 @@ def forward_backward(
     if not model.trainable:
         raise ValueError("forward_backward needs a model built with trainable=True")
     _clear_gradients(model)
-    return _run(model, micro_batches, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=False)
+    return _run(
+        model, micro_batches, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=False
+    )
 
 
 @torch.no_grad()
@@ -71,7 +74,9 @@ def evaluate(
     """The metrics that `forward_backward` would return, without gradients (validation loss). Shapes may differ."""
     results: list[dict[str, torch.Tensor]] = []
     for group in _same_shape(micro_batches):
-        results += _run(model, group, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=True)
+        results += _run(
+            model, group, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=True
+        )
     return results
 
 
@@ -101,8 +106,44 @@ def outputs(
 
     results: list[dict[str, torch.Tensor]] = []
     for group in _same_shape(micro_batches):
-        results += _run(model, group, partial(_collect_step, collect), with_entropy, temperature, forward_only=True)
+        results += _run(
+            model, group, partial(_collect_step, collect), with_entropy, temperature, forward_only=True
+        )
     return results
+
+
+@torch.no_grad()
+def logits(model: Model, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [B, S, V] of the whole, unpadded vocabulary, on every rank of the replica.
+
+    Gathers the vocabulary: for proofs on a few sequences, never for training. S must divide by the tensor-parallel
+    size under sequence parallelism.
+    """
+
+    def step(
+        data_iterator: Iterator[MicroBatch], chunk: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        tokens = to_device(next(data_iterator))["tokens_BS"]
+        raw = chunk(input_ids=tokens, position_ids=None, attention_mask=None)
+
+        def finish(found: torch.Tensor) -> Any:
+            whole = gather_from_tensor_model_parallel_region(found)[..., : model.shape.vocab_size]
+            zero = whole.new_zeros(())
+            return zero, zero.to(torch.int), {"logits": whole.float().contiguous()}
+
+        return raw, finish
+
+    batch, length = tokens_BS.shape
+    data = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([{"tokens_BS": tokens_BS}]),
+        model=model.chunks,
+        num_microbatches=1,
+        seq_length=length,
+        micro_batch_size=batch,
+        forward_only=True,
+    )
+    return _share(data, 1)[0]["logits"]
 
 
 def assert_finite(loss_sum: torch.Tensor | float, step: int) -> None:
@@ -231,8 +272,10 @@ def _collect_step(
 def to_device(micro_batch: MicroBatch) -> MicroBatch:
     """The micro-batch with its tensors on `platform.device()`."""
     where = platform.device()
-    return {name: value.to(where, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in micro_batch.items()}
+    return {
+        name: value.to(where, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in micro_batch.items()
+    }
 
 
 def _share(data: list[dict[str, torch.Tensor]], count: int) -> list[dict[str, torch.Tensor]]:

@@ -23,7 +23,8 @@ def initialize(
     """Start torch.distributed and megatron-core's groups, and seed every generator.
 
     Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it this is a
-    world of one process. The data-parallel size is world // (tensor * pipeline).
+    world of one process. The data-parallel size is world // (tensor * pipeline). A second call with the same
+    sizes only seeds again.
     Raises UserError if tensor * pipeline does not divide the number of processes.
     """
     platform.apply()
@@ -44,6 +45,13 @@ def initialize(
             )
         else:
             dist.init_process_group(platform.backend(), timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        if (tensor_size(), pipeline_size()) != (tensor, pipeline):
+            raise RuntimeError(
+                f"already initialised as tensor={tensor_size()} x pipeline={pipeline_size()}: call destroy() first"
+            )
+        set_seed(seed)
+        return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,

@@ -111,6 +111,7 @@ def save(
             "precision": model.precision.name,
             "layout": _layout(),
             "has_optimizer": optimizer is not None,
+            "distributed_optimizer": model.distributed_optimizer,
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "extra": extra or {},
         }
@@ -203,6 +204,17 @@ def _check_match(
         raise UserError(f"{directory} holds another model:\n  " + "\n  ".join(differences))
     if optimizer is not None and not found["has_optimizer"]:
         raise UserError(f"{directory} was saved without an optimizer: it holds weights, not a run to continue")
+    if optimizer is not None and found["distributed_optimizer"] != model.distributed_optimizer:
+        kinds = ("fused_adam", "distributed_fused_adam")
+        raise UserError(
+            f"{directory} was saved with model.optim.name={kinds[found['distributed_optimizer']]}; this run has "
+            f"{kinds[model.distributed_optimizer]}: continue with the same one"
+        )
+    if optimizer is not None and found["precision"] != model.precision.name:
+        raise UserError(
+            f"{directory} was saved with trainer.precision={found['precision']}; this run has "
+            f"{model.precision.name}: continue with the same one, or start from its weights"
+        )
 
 
 def _sharded(model: Model, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
@@ -237,7 +249,7 @@ def _rng_file() -> str:
 def _random_state() -> dict[str, torch.Tensor]:
     """Every generator of this process as tensors."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *internal], dtype=torch.int64),

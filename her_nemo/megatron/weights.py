@@ -23,7 +23,12 @@ from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 
-EMBEDDING, LM_HEAD, SCORE, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "score.weight", "model.norm.weight"
+EMBEDDING, LM_HEAD, SCORE, FINAL_NORM = (
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "score.weight",
+    "model.norm.weight",
+)
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq$")
 
 
@@ -112,7 +117,9 @@ class _HfReader:
     def __init__(self, directory: Path) -> None:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted(
+                {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
+            )
         else:
             files = sorted(directory.glob("*.safetensors"))
         if not files:
@@ -176,7 +183,9 @@ def load_hf(model: Model, hf_dir: str | Path) -> None:
         parameter = parameters[name]
         local = _READ[entry.kind](model, reader, entry.names)
         if local.shape != parameter.shape:
-            raise RuntimeError(f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}")
+            raise RuntimeError(
+                f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}"
+            )
         parameter.copy_(local.to(parameter.dtype))
 
 
@@ -353,7 +362,9 @@ def save_hf(
         if len(shards) > 1:
             weight_map = {tensor: names[index] for tensor, index in shard_of.items()}
             index_file = out / "model.safetensors.index.json"
-            index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+            index_file.write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            )
             written.append(index_file)
         config = out / "config.json"
         config.write_text(json.dumps(model.shape.to_hf_config(head=model.head, dtype=dtype), indent=2) + "\n")

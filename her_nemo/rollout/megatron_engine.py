@@ -50,7 +50,9 @@ class MegatronEngine:
             for begin in range(0, len(order), self._micro_batch_size):
                 chosen = order[begin : begin + self._micro_batch_size]
                 replies, log_probs, finished = self._generate_batch(
-                    [prompts[index] for index in chosen], _uniforms(seed, chosen, sampling.max_tokens), sampling
+                    [prompts[index] for index in chosen],
+                    _uniforms(seed, chosen, sampling.max_tokens),
+                    sampling,
                 )
                 for row, index in enumerate(chosen):
                     rollout.response_ids[index] = replies[row]

@@ -19,7 +19,7 @@ def run(cfg: ConvertConfig) -> int:
         checkpoint.write(
             out,
             step=0,
-            save_tensors=lambda where: state.save_model(where / "model", model),
+            save_tensors=lambda where: state.save(where / "model", model),
             models={"model": sources.describe(model)},
             counters={},
             config=cfg.model_dump(),

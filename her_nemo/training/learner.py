@@ -17,37 +17,67 @@ from her_nemo.training.logging import sum_metrics
 
 MicroBatch = dict[str, torch.Tensor]
 # (outputs, micro-batch) -> (sum of the loss, how many things it sums over, further sums to report)
-LossFunction = Callable[[TokenOutputs, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+LossFunction = Callable[
+    [TokenOutputs, MicroBatch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+]
 
 
 class Learner:
     """One trainable model of a stage (`name`: its part of a checkpoint)."""
 
-    def __init__(self, name: str, model: Model, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
+    def __init__(
+        self, name: str, model: Model, optim: OptimConfig, *, clip_grad: float, max_steps: int
+    ) -> None:
         self.name = name
         self.model = model
         self.optimizer = optimizer.optimizer(
-            model, lr=optim.lr, weight_decay=optim.weight_decay, betas=(optim.betas[0], optim.betas[1]),
+            model,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            betas=(optim.betas[0], optim.betas[1]),
             clip_grad=clip_grad,
         )
         sched = optim.sched
         self.scheduler = optimizer.scheduler(
-            self.optimizer, lr=optim.lr, name=sched.name, warmup_steps=sched.warmup_steps,
-            constant_steps=sched.constant_steps, min_lr=sched.min_lr, max_steps=max_steps,
+            self.optimizer,
+            lr=optim.lr,
+            name=sched.name,
+            warmup_steps=sched.warmup_steps,
+            constant_steps=sched.constant_steps,
+            min_lr=sched.min_lr,
+            max_steps=max_steps,
         )
 
     @classmethod
-    def build(cls, name: str, cfg: Any, optim: OptimConfig, *, source: sources.ModelSource, head: str,
-              clip_grad: float, max_steps: int) -> Learner:
+    def build(
+        cls,
+        name: str,
+        cfg: Any,
+        optim: OptimConfig,
+        *,
+        source: sources.ModelSource,
+        head: str,
+        clip_grad: float,
+        max_steps: int,
+    ) -> Learner:
         """Build and fill the model as `cfg.model` and `cfg.trainer` say."""
         model = sources.build(
-            source, cfg.model, cfg.trainer.precision, head=head, trainable=True,
+            source,
+            cfg.model,
+            cfg.trainer.precision,
+            head=head,
+            trainable=True,
             distributed_optimizer=optim.name == "distributed_fused_adam",
         )
         return cls(name, model, optim, clip_grad=clip_grad, max_steps=max_steps)
 
     def update(
-        self, micro_batches: list[MicroBatch], loss_fn: LossFunction, *, step: int, with_entropy: bool = False,
+        self,
+        micro_batches: list[MicroBatch],
+        loss_fn: LossFunction,
+        *,
+        step: int,
+        with_entropy: bool = False,
         temperature: float = 1.0,
     ) -> dict[str, float]:
         """One optimizer step on the global batch (collective).

@@ -34,7 +34,9 @@ class MetricLogger:
         kept = [row for row in read_metrics(path) if row["step"] <= resumed_step] if resumed_step else []
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._lines = path.open("a")
-        self._writer = SummaryWriter(run_dir / TENSORBOARD_DIR, purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(
+            run_dir / TENSORBOARD_DIR, purge_step=resumed_step + 1 if resumed_step else None
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` (tag -> scalar) at `step`. A value that is not finite is kept as it is in
@@ -92,8 +94,15 @@ def series(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def progress(steps: Iterable[int], *, total: int, done: int, title: str, enabled: bool) -> Iterator[int]:
     """`steps` under a bar with rate and time left: on the main rank, and only where a terminal is."""
-    bar = tqdm(steps, total=total, initial=done, desc=title, unit="step", dynamic_ncols=True,
-               disable=None if enabled else True)
+    bar = tqdm(
+        steps,
+        total=total,
+        initial=done,
+        desc=title,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if enabled else True,
+    )
     yield from bar
 
 

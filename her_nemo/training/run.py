@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform
 from her_nemo.training import checkpoint
@@ -38,6 +40,7 @@ class Run:
         self.main = parallel.is_main()
         self.tokenizer = _tokenizer(cfg, source)
         self.stop = GracefulStop()
+        self.summary: dict[str, Any] = {}
         self._learners: Sequence[Learner] = ()
         self._order: Resumable | None = None
         self._manifest = self._find()
@@ -45,7 +48,7 @@ class Run:
         self.metrics = MetricLogger(self.directory, enabled=self.main, resumed_step=resumed)
         self._saved_step = resumed
         if self.main:
-            (self.directory / "config.json").write_text(json.dumps(cfg.model_dump(), indent=1))
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
 
     def _find(self) -> checkpoint.Manifest | None:
         manager = self.cfg.exp_manager
@@ -86,7 +89,9 @@ class Run:
 
     def steps(self, first: int, last: int, title: str) -> Iterator[int]:
         """Step numbers first..last under a progress bar; ends early, on all ranks together, when told to stop."""
-        for step in progress(range(first, last + 1), total=last, done=first - 1, title=title, enabled=self.main):
+        for step in progress(
+            range(first, last + 1), total=last, done=first - 1, title=title, enabled=self.main
+        ):
             yield step
             if step < last and self.stop.requested():
                 self.save(step)
@@ -115,12 +120,15 @@ class Run:
         checkpoint.publish(self.directory, step, keep)
         self._saved_step = step
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, seconds: float) -> None:
         """Write `summary.json` and say where everything lies."""
         if not self.main:
             return
-        (self.directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-        print(f"{self.cfg.name}: checkpoints, metrics and summary are in {self.directory}")
+        body = {**self.summary, "seconds": round(seconds, 1)}
+        (self.directory / SUMMARY_FILE).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+        print(
+            f"{self.cfg.name}: {seconds:.0f} s; checkpoints, metrics and {SUMMARY_FILE} are in {self.directory}"
+        )
         print(f"  tensorboard --logdir {self.directory / 'tensorboard'}")
 
 
@@ -133,10 +141,9 @@ def open_run(cfg: Any) -> Iterator[Run]:
         run = Run(cfg, source)
         try:
             yield run
+            run.finish(time.monotonic() - started)
         finally:
             run.metrics.close()
-    if run.main:
-        print(f"{cfg.name}: {time.monotonic() - started:.0f} s")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from her_nemo.megatron import qwen3, state, weights
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
 from her_nemo.training import checkpoint
 
+
 @dataclass(frozen=True)
 class ModelSource:
     """A place that holds weights, what shape they have, and the tokenizer that goes with them."""
@@ -28,7 +29,7 @@ class ModelSource:
         if self.is_hf:
             weights.load_hf(model, self.path)
         else:
-            state.load_model(self.path / self.part, model, source_head=self.head)
+            state.load(self.path / self.part, model)
 
 
 def locate(path: str | Path, part: str = "model") -> ModelSource:
@@ -39,7 +40,9 @@ def locate(path: str | Path, part: str = "model") -> ModelSource:
     """
     place = Path(path)
     if not place.is_dir():
-        raise UserError(f"{place}: no such directory. Give a Hugging Face directory or a Megatron checkpoint.")
+        raise UserError(
+            f"{place}: no such directory. Give a Hugging Face directory or a Megatron checkpoint."
+        )
     if (place / "config.json").is_file():
         tokenizer = place if (place / "tokenizer.json").is_file() else None
         return ModelSource(place, True, Qwen3Shape.from_hf_dir(place), _hf_head(place), tokenizer)
@@ -48,7 +51,9 @@ def locate(path: str | Path, part: str = "model") -> ModelSource:
         raise UserError(f"{manifest.directory}: holds {', '.join(manifest.models)}, not {part!r}.")
     entry = manifest.models[part]
     tokenizer = manifest.tokenizer if manifest.tokenizer.is_dir() else None
-    return ModelSource(manifest.directory, False, Qwen3Shape(**entry["shape"]), entry["head"], tokenizer, part)
+    return ModelSource(
+        manifest.directory, False, Qwen3Shape(**entry["shape"]), entry["head"], tokenizer, part
+    )
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -57,7 +62,13 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def build(
-    source: ModelSource, layout: Any, precision: str, *, head: str, trainable: bool, distributed_optimizer: bool = False
+    source: ModelSource,
+    layout: Any,
+    precision: str,
+    *,
+    head: str,
+    trainable: bool,
+    distributed_optimizer: bool = False,
 ) -> Model:
     """A Megatron model of the source's shape, cut as `layout` (the config's `model` section) says, and filled."""
     model = qwen3.build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from her_nemo.config.errors import UserError
-from her_nemo.rollout.engine import Sampling
+from her_nemo.rollout.engine import Rollout, Sampling
 from her_nemo.rollout.vllm_engine import VllmEngine, sample_seed
 
 pytestmark = pytest.mark.vllm
@@ -221,3 +222,34 @@ def test_importing_the_module_does_not_import_vllm_and_keeps_the_users_environme
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "ERROR nobind"
+
+
+TWO_WORKERS = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file
+from her_nemo.rollout.engine import Rollout, Sampling
+from her_nemo.rollout.vllm_engine import VllmEngine
+
+if __name__ == "__main__":
+    root, prompts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with VllmEngine(root / "a", tensor_parallel_size=2) as engine:
+        before = engine.generate(prompts, Sampling(max_tokens=12), 1)
+        engine.update_weights(iter(load_file(root / "b" / "model.safetensors").items()), 3)
+        after = engine.generate(prompts, Sampling(max_tokens=12), 1)
+    (root / "rollouts.json").write_text(json.dumps([vars(before), vars(after)]))
+"""
+
+
+@pytest.mark.slow
+def test_two_workers_get_new_weights_through_a_file(tmp_path: Path) -> None:
+    model, other = make_model(tmp_path / "a", 0), make_model(tmp_path / "b", 1)
+    script = tmp_path / "two_workers.py"  # a file of its own, since vLLM starts its workers by spawning
+    script.write_text(TWO_WORKERS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, str(script), str(tmp_path), json.dumps(PROMPTS)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    before, after = (Rollout(**values) for values in json.loads((tmp_path / "rollouts.json").read_text()))
+    assert largest_gap(model, before) < 1e-4
+    assert largest_gap(other, after) < 1e-4
+    assert after.weight_version == 3

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from her_nemo.data.tokenise import Tokeniser
-from her_nemo.megatron import parallel
-from her_nemo.training.experience import Experience, largest_gap
+from her_nemo.megatron import parallel, platform
+from her_nemo.rollout.experience import Experience, largest_gap
 
 # Largest |log-prob(trainer) - log-prob(engine)|. bf16 keeps 8 bits of mantissa, so two orders of the same
 # sums differ in the second decimal.
@@ -23,7 +23,7 @@ class InvariantError(RuntimeError):
 def check_rollout_gap(experience: Experience, tokeniser: Tokeniser, step: int, precision: str) -> float:
     """Largest gap between engine and trainer over all ranks (collective); beyond the limit, name the token."""
     gap, row, place = largest_gap(experience)
-    worst = float(parallel.data_all_reduce(torch.tensor(gap, dtype=torch.float64), op="max"))
+    worst = float(parallel.data_all_reduce(_scalar(gap), torch.distributed.ReduceOp.MAX))
     if worst > ROLLOUT_GAP_LIMIT[precision]:
         where = "on another rank"
         if gap == worst:
@@ -40,7 +40,9 @@ def check_rollout_gap(experience: Experience, tokeniser: Tokeniser, step: int, p
 def check_unmoved_ratio(ratio: float, step: int, precision: str) -> float:
     """The mean policy ratio of the first minibatch after a rollout, where the policy has not moved yet."""
     if abs(ratio - 1.0) > RATIO_LIMIT[precision]:
-        raise InvariantError(f"step {step}: the policy has not moved since the rollout, yet its ratio is {ratio:.8f}.")
+        raise InvariantError(
+            f"step {step}: the policy has not moved since the rollout, yet its ratio is {ratio:.8f}."
+        )
     return ratio
 
 
@@ -50,3 +52,7 @@ def check_unmoved_kl(kl: float, precision: str) -> None:
         raise InvariantError(
             f"the actor has not been updated yet, but its KL to the reference is {kl:.3g}: they hold other weights."
         )
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=platform.device())

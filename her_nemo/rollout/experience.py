@@ -14,6 +14,7 @@ import torch
 from her_nemo.algorithms import advantages, kl
 from her_nemo.megatron import forward, parallel, platform
 from her_nemo.megatron.qwen3 import Model
+from her_nemo.rewards.scalar import score_at_last_token
 from her_nemo.rollout.engine import Rollout
 
 MicroBatch = dict[str, torch.Tensor]
@@ -39,11 +40,14 @@ class Experience:
 
     @classmethod
     def from_rollout(
-        cls, rollout: Rollout, kinds: Sequence[Sequence[int]], *, pad_id: int, pad_to_multiple: int
+        cls, rollout: Rollout, kinds: Sequence[Sequence[int]], *, pad_id: int, length: int | None = None
     ) -> Experience:
-        """Lay out prompts and replies. `kinds[i]` names the segment kind of each token of reply i."""
+        """Lay out prompts and replies, padded to `length` (None: to the longest row of this replica).
+
+        `kinds[i]` names the segment kind of each token of reply i.
+        """
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        size = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
+        size = max(lengths) if length is None else length
         batch = len(lengths)
         tokens_BS = torch.full((batch, size), pad_id, dtype=torch.long)
         mask_BT = torch.zeros(batch, size - 1, dtype=torch.bool)
@@ -57,8 +61,12 @@ class Experience:
             log_probs_BT[row, span] = torch.tensor(rollout.log_probs[row])
         device = platform.device()
         return cls(
-            tokens_BS.to(device), torch.tensor(lengths, device=device), mask_BT.to(device), kinds_BT.to(device),
-            log_probs_BT.to(device), torch.tensor(rollout.finished, device=device),
+            tokens_BS.to(device),
+            torch.tensor(lengths, device=device),
+            mask_BT.to(device),
+            kinds_BT.to(device),
+            log_probs_BT.to(device),
+            torch.tensor(rollout.finished, device=device),
         )
 
     def __len__(self) -> int:
@@ -66,7 +74,9 @@ class Experience:
 
     def rows(self, begin: int, end: int) -> MicroBatch:
         """The rows begin..end of every tensor that is there, as one micro-batch."""
-        return {name: tensor[begin:end] for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+        return {
+            name: tensor[begin:end] for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)
+        }
 
     def micro_batches(self, size: int, begin: int = 0, end: int | None = None) -> list[MicroBatch]:
         end = len(self) if end is None else end
@@ -80,11 +90,12 @@ class Experience:
 def score(experience: Experience, reward_model: Model, size: int) -> None:
     """Reward of each reply: the reward model's scalar at its last token."""
     values_BS = torch.cat(forward.values(reward_model, experience.micro_batches(size)))
-    experience.scores_B = values_BS.gather(1, experience.lengths_B[:, None] - 1).squeeze(1)
+    experience.scores_B = score_at_last_token(values_BS, experience.lengths_B)
 
 
-def evaluate_policy(experience: Experience, actor: Model, reference: Model, critic: Model, size: int,
-                    temperature: float) -> None:
+def evaluate_policy(
+    experience: Experience, actor: Model, reference: Model, critic: Model, size: int, temperature: float
+) -> None:
     """Log-probs under the policy that generated and under the frozen reference, and the critic's values."""
     batches = experience.micro_batches(size)
     experience.old_log_probs_BT = torch.cat(forward.log_probs(actor, batches, temperature=temperature))
@@ -103,10 +114,10 @@ def estimate_advantages(
     )
     if normalize:
         moments = torch.stack(advantages.masked_moments(experience.advantages_BT, experience.mask_BT))
-        total, squares, count = parallel.data_all_reduce(moments)
-        mean = total / count
-        variance = (squares / count - mean**2).clamp_min(0)
-        experience.advantages_BT = advantages.whiten(experience.advantages_BT, experience.mask_BT, mean, variance)
+        mean, variance = advantages.mean_and_variance(*parallel.data_all_reduce(moments))
+        experience.advantages_BT = advantages.whiten(
+            experience.advantages_BT, experience.mask_BT, mean, variance
+        )
 
 
 def statistics(experience: Experience) -> dict[str, torch.Tensor]:
@@ -119,7 +130,7 @@ def statistics(experience: Experience) -> dict[str, torch.Tensor]:
         "tokens": mask.sum(),
         "rewards": experience.scores_B.sum(),
         "rewards_squared": experience.scores_B.double().square().sum(),
-        "rewards_with_kl": experience.rewards_BT.sum(),
+        "rewards_with_kl": torch.where(mask, experience.rewards_BT, 0.0).sum(),
         "init_policy_kl": kl_BT.sum(),
         "response_lengths": experience.response_lengths_B.sum(),
         "finished": experience.finished_B.sum(),
@@ -130,7 +141,7 @@ def statistics(experience: Experience) -> dict[str, torch.Tensor]:
         here = mask & (experience.kinds_BT == kind)
         sums[f"kind{kind}_kl"] = torch.where(here, kl_BT, 0.0).sum()
         sums[f"kind{kind}_tokens"] = here.sum()
-    return {name: value.double() for name, value in sums.items()}
+    return {name: value.double().to(mask.device) for name, value in sums.items()}
 
 
 def largest_gap(experience: Experience) -> tuple[float, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from reference import BETAS, CLIP, EPS, LR, STEPS, TEMPERATURE, VOCAB, WEIGHT_DECAY
+from qwen3_reference import BETAS, CLIP, EPS, LR, STEPS, TEMPERATURE, VOCAB, WEIGHT_DECAY
 from safetensors.torch import load_file
 
 from her_nemo.megatron import forward, optimizer, parallel, qwen3, state, weights
@@ -22,12 +22,12 @@ def layouts(args: dict) -> dict:
     for layout in args["layouts"]:
         start(layout)
         found = {}
-        for name in ("tied", "untied"):
-            found |= {f"{name}.{key}": value for key, value in _language_model(directory, name, tensors, layout).items()}
-        for name in ("tied", "untied", "scalar"):
-            found |= {f"{name}.{key}": value for key, value in _training(directory, name, tensors, numbers, layout).items()}
-        found |= _scalar_from_language_model(directory, layout)
-        results[layout["name"]] = found
+        for name in args["models"]:
+            gaps = _training(directory, name, tensors, numbers, layout)
+            if name != "scalar":
+                gaps |= _language_model(directory, name, tensors, layout)
+            found |= {f"{name}.{key}": value for key, value in gaps.items()}
+        results[layout["name"]] = found | _scalar_from_language_model(directory, layout)
     return results
 
 
@@ -44,6 +44,10 @@ def build(directory: Path, name: str, layout: dict, **kwargs) -> qwen3.Model:
         qwen3.Qwen3Shape.from_hf_dir(directory / name),
         sequence_parallel=layout.get("sequence", False),
         make_vocab_size_divisible_by=layout.get("divisible", 8),
+        dtype=layout.get("dtype", "32"),
+        distributed_optimizer=layout.get("distributed", False) and kwargs.get("trainable", True),
+        **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+           if layout.get("recompute") else {}),
         **kwargs,
     )
     weights.load_hf(model, directory / name)
@@ -59,7 +63,7 @@ def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def next_token_log_probs(model: qwen3.Model, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax [B, V] after each sequence: ask for every vocabulary entry in turn, as one batch."""
-    batch, length = tokens.shape
+    batch = tokens.shape[0]
     vocab = model.shape.vocab_size
     prefix = tokens.repeat_interleave(vocab, dim=0)
     asked = torch.cat([prefix, torch.arange(vocab).repeat(batch)[:, None]], dim=1)
@@ -128,7 +132,7 @@ def train_step(model: qwen3.Model, opt, tensors: dict, step: int, name: str) -> 
 
 
 def _training(directory: Path, name: str, tensors: dict, numbers: dict, layout: dict) -> dict:
-    model = build(directory, name, layout, distributed_optimizer=layout.get("distributed", False))
+    model = build(directory, name, layout)
     found = {}
     if name == "scalar":
         said = forward.values(model, [{"tokens_BS": tensors["tokens"][0]}])[0]
@@ -164,7 +168,7 @@ def save_state(args: dict) -> dict:
     results = {}
     for case in args["cases"]:
         start(case)
-        model = build(Path(args["directory"]), case["model"], case, distributed_optimizer=case.get("distributed", False))
+        model = build(Path(args["directory"]), case["model"], case)
         opt = new_optimizer(model)
         schedule = optimizer.scheduler(opt, lr=LR, name="CosineAnnealing", warmup_steps=1, max_steps=10)
         for step in range(2):
@@ -192,7 +196,7 @@ def load_state(args: dict) -> dict:
         model = qwen3.build(
             state.shape_of(saved), head="scalar" if case["model"] == "scalar" else "lm",
             sequence_parallel=case.get("sequence", False), make_vocab_size_divisible_by=case.get("divisible", 8),
-            distributed_optimizer=case.get("distributed", False),
+            distributed_optimizer=case.get("distributed", False), dtype=case.get("dtype", "32"),
         )
         opt = new_optimizer(model)
         schedule = optimizer.scheduler(opt, lr=LR, name="CosineAnnealing", warmup_steps=1, max_steps=10)
@@ -214,7 +218,12 @@ def vocabulary(args: dict) -> dict:
     group = parallel_state.get_tensor_model_parallel_group()
     worst = {"log_probs": 0.0, "entropy": 0.0, "grad": 0.0, "grad_padding": 0.0}
     for vocab, width, temperature, with_entropy in (
-        (VOCAB, 64, 1.0, True), (VOCAB, 64, 0.6, True), (VOCAB, 64, 1.7, False), (5, 16, 1.0, True), (5, 16, 1.0, False)
+        (VOCAB, 64, 1.0, True),
+        (VOCAB, 64, 0.6, True),
+        (VOCAB, 64, 1.7, False),
+        # The second rank holds nothing but padding.
+        (5, 16, 1.0, True),
+        (5, 16, 1.0, False),
     ):
         torch.manual_seed(3)
         full = torch.randn(3, 7, width * parallel.tensor_size()) * 4
@@ -230,12 +239,12 @@ def vocabulary(args: dict) -> dict:
             mine, target, vocab_size=vocab, temperature=temperature, group=group, with_entropy=with_entropy
         )
         (found * weight + (found_entropy * other if with_entropy else 0)).sum().backward()
-        stop = min(vocab, start_at + width)
-        count = max(0, stop - start_at)
+        count = max(0, min(vocab, start_at + width) - start_at)
         worst["log_probs"] = max(worst["log_probs"], far(found.detach(), expected.detach()))
         if with_entropy:
             worst["entropy"] = max(worst["entropy"], far(found_entropy.detach(), entropy.detach()))
-        worst["grad"] = max(worst["grad"], far(mine.grad[..., :count], theirs.grad[..., start_at:stop] if count else theirs.grad[..., :0]))
+        wanted = theirs.grad[..., start_at : start_at + count]
+        worst["grad"] = max(worst["grad"], far(mine.grad[..., :count], wanted))
         worst["grad_padding"] = max(worst["grad_padding"], float(mine.grad[..., count:].abs().sum()))
     return worst
 
@@ -249,3 +258,26 @@ def not_finite(args: dict) -> dict:
     except FloatingPointError as error:
         return {"raised": str(error)}
     return {"raised": ""}
+
+
+def bf16(args: dict) -> dict:
+    """Train in bf16 with fp32 main parameters at each layout; the gap of the losses to fp32's."""
+    tensors = load_file(Path(args["directory"]) / "reference.safetensors")
+    numbers = json.loads((Path(args["directory"]) / "reference.json").read_text())
+    results = {}
+    for layout in args["layouts"]:
+        start(layout)
+        model = build(Path(args["directory"]), "tied", layout | {"dtype": "bf16-mixed"})
+        opt = new_optimizer(model)
+        losses = [train_step(model, opt, tensors, step, "tied")[0] for step in range(STEPS)]
+        gap = far(torch.tensor(losses), torch.tensor(numbers["tied"]["losses"]))
+        results[layout["name"]] = {"losses": gap, "dtype": str(next(model.bare().parameters()).dtype)}
+    return results
+
+
+def fails_on_rank_one(args: dict) -> None:
+    """Rank 1 fails while rank 0 waits for it."""
+    start({})
+    if parallel.data_rank() == 1:
+        raise ZeroDivisionError("on purpose")
+    parallel.barrier()

@@ -1,0 +1,69 @@
+"""What the supervised loops (SFT, reward model) share: how long, which rows next, and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from her_nemo.config.schema import ModelConfig
+from her_nemo.config.sections import Loop
+from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
+from her_nemo.data.sources import read_jsonl
+from her_nemo.data.tokenise import Encoded, Encoder, Sample, Tokeniser, encode_all
+from her_nemo.megatron import parallel
+from her_nemo.training.learner import Learner, LossFunction, MicroBatch
+
+Rows = Sequence[Sample] | Sequence[tuple[Sample, Sample]]
+
+
+def load_rows(
+    encoder: Encoder[Encoded], tokeniser: Tokeniser, path: str, kind: str, cfg: ModelConfig, max_length: int
+) -> list[Encoded]:
+    """Read and encode one file; the main rank says what was lost on the way."""
+    rows, malformed = read_jsonl(path, kind, cfg.data.skip_malformed)
+    encoded, report = encode_all(encoder, tokeniser, rows, max_length)
+    if parallel.is_main():
+        skipped = f", {malformed.total} malformed lines skipped" if malformed.total else ""
+        print(f"{path}: {report}{skipped}", flush=True)
+    return encoded
+
+
+def forever(order: GlobalBatchSampler) -> Iterator[np.ndarray]:
+    """The batches of epoch after epoch."""
+    while True:
+        yield from order
+
+
+def total_steps(loop: Loop, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: max_epochs, or max_steps where that is sooner."""
+    steps = loop.max_epochs * steps_per_epoch
+    return steps if loop.max_steps < 0 else min(steps, loop.max_steps)
+
+
+def my_micro_batches(
+    rows: Rows, indices: np.ndarray, cfg: ModelConfig, tokeniser: Tokeniser
+) -> list[MicroBatch]:
+    """This replica's micro-batches of the global batch `indices`."""
+    return step_micro_batches(
+        rows,
+        indices,
+        dp_rank=parallel.data_rank(),
+        dp_size=parallel.data_size(),
+        micro_batch_size=cfg.micro_batch_size,
+        pad_id=tokeniser.pad_id,
+    )
+
+
+def validate(
+    learner: Learner, rows: Rows, cfg: ModelConfig, loop: Loop, tokeniser: Tokeniser, loss_fn: LossFunction
+) -> dict[str, float]:
+    """Global sums over the validation rows (collective). Rows that do not fill a batch on every replica are left
+    out: replicas must make the same number of forward passes."""
+    width = parallel.data_size() * cfg.micro_batch_size
+    if len(rows) < width:
+        raise ValueError(
+            f"{len(rows)} validation rows do not fill one micro-batch of {width} over the replicas"
+        )
+    batches = max(1, loop.val_batches(len(rows) // width))
+    return learner.evaluate(my_micro_batches(rows, np.arange(batches * width), cfg, tokeniser), loss_fn)
