@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from her_nemo.megatron import parallel, platform
@@ -57,14 +56,18 @@ class Decoder:
             self._module.set_input_tensor(hidden)
         positions_BS = torch.arange(start, start + length, device=tokens_BS.device).expand_as(tokens_BS)
         output = self._module(
-            tokens_BS, positions_BS, self._mask(start, length), inference_context=self._context
+            tokens_BS,
+            positions_BS,
+            self._mask(start, length),
+            inference_context=self._context,
+            runtime_gather_output=True,
         )
         self._context.sequence_len_offset += length
         self._context.enable_decode_mode()
         if not parallel.is_last_stage():
             torch.distributed.send(output.contiguous(), dst=parallel.next_stage_rank())
             return None
-        return gather_from_tensor_model_parallel_region(output[:, -1].contiguous()).float()
+        return output[:, -1].float()
 
     def _mask(self, start: int, length: int) -> torch.Tensor:
         """[B, 1, S, K] in Megatron's sense: True is hidden. A padding row sees itself, or softmax is empty."""

@@ -23,7 +23,14 @@ from her_nemo.data.miniature import (
     sample_scenes,
 )
 from her_nemo.data.miniature_files import LABEL_NOISE, WorldSizes, WorldSummary, write_world
-from her_nemo.data.miniature_flaws import SFT_RATES, Flaw, sample_flaws, sample_pair_flaws
+from her_nemo.data.miniature_flaws import (
+    EXTRA_FLAWS,
+    PAIR_WEIGHTS,
+    SFT_RATES,
+    Flaw,
+    sample_flaws,
+    sample_pair_flaws,
+)
 from her_nemo.data.miniature_text import PATTERNS, prompt_messages
 from her_nemo.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from her_nemo.roleplay.prompt import CHAT_TEMPLATE, CONVERSATION_START, RolePrompt
@@ -173,12 +180,18 @@ def test_flaw_rates_are_as_stated() -> None:
 
 def test_the_worse_reply_of_a_pair_has_all_flaws_of_the_better_and_more() -> None:
     rng = random.Random(0)
-    extra: Counter[Flaw] = Counter()
-    for _ in range(3000):
+    added: Counter[int] = Counter()
+    alone: Counter[Flaw] = Counter()
+    for _ in range(9000):
         better, worse = sample_pair_flaws(rng)
         assert better < worse
-        extra.update(worse - better)
-    assert min(extra[flaw] for flaw in Flaw) > 300
+        added[len(worse - better)] += 1
+        if len(worse - better) == 1:
+            alone.update(worse - better)
+    for count, share in zip((1, 2, 3), EXTRA_FLAWS, strict=True):
+        assert added[count] / 9000 == pytest.approx(share, abs=0.02)
+    for flaw, weight in PAIR_WEIGHTS.items():
+        assert alone[flaw] / added[1] == pytest.approx(weight / sum(PAIR_WEIGHTS.values()), abs=0.03)
 
 
 def test_training_pairs_carry_the_stated_noise_and_do_not_mark_it(
