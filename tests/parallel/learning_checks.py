@@ -34,7 +34,8 @@ def learn(args: dict) -> dict:
     optim = OptimConfig(name="fused_adam", lr=args["lr"], weight_decay=0.0)
     models = [build(directory, "tied", layout), build(directory, "tied", layout, head="scalar")]
     limits = {"clip_grad": 1.0, "max_steps": args["steps"]}
-    actor, critic = (Learner(name, model, optim, **limits) for name, model in zip(("model", "critic"), models, strict=True))
+    actor = Learner("model", models[0], optim, **limits)
+    critic = Learner("critic", models[1], optim, **limits)
     reference = build(directory, "tied", layout, trainable=False)
     engine = MegatronEngine(actor.model, pad_id=0, micro_batch_size=SAMPLES)
     noise = torch.Generator().manual_seed(parallel.data_rank())
