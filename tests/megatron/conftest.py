@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny import TINY
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def world() -> Iterator[None]:
-    """torch.distributed and megatron-core's groups with one member."""
+    """torch.distributed and megatron-core's groups with one member, gone again before other folders' tests."""
     parallel.initialize(seed=3)
     yield
     parallel.destroy()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory: pytest.TempPathFactory, world: None) -> Path:
     """A Hugging Face directory with a tiny tied Qwen3."""
     directory = tmp_path_factory.mktemp("tiny")
