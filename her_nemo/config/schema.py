@@ -121,7 +121,9 @@ class PpoParams(Section):
     num_rollout_samples: PositiveInt = knob(64, "Responses per PPO step, over all ranks.")
     rollout_micro_batch_size: PositiveInt = knob(8, "Prompts generated at a time on one data-parallel rank.")
     forward_micro_batch_size: PositiveInt = knob(8, "Sequences per pass for log-probs, values and rewards.")
-    num_val_samples: NonNegativeInt = knob(64, "Prompts of each validation; 0 turns validation off.")
+    num_val_samples: NonNegativeInt = knob(
+        64, "Prompts of each validation, from the head of validation_ds; 0 turns it off."
+    )
     entropy_bonus: NonNegativeFloat = knob(0.0, "Weight of the policy's entropy in the objective.")
     ratio_eps: Annotated[float, Field(gt=0.0, lt=1.0)] = knob(
         0.2, "Clip range of the policy ratio: 1 +- this."

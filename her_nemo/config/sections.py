@@ -91,9 +91,9 @@ class PpoLoop(Section):
     """`trainer.ppo.*`: the PPO loop. One step is one rollout followed by its updates."""
 
     max_steps: PositiveInt = knob(
-        100, "PPO steps in all (a rollout and its updates each), critic warm-up included."
+        100, "PPO steps (a rollout and its updates each), after critic_warmup_steps."
     )
-    critic_warmup_steps: NonNegativeInt = knob(0, "Steps at the start that update the critic alone.")
+    critic_warmup_steps: NonNegativeInt = knob(0, "Steps before those that update the critic alone.")
     max_epochs: PositiveInt = knob(1, "Passes over each rollout's samples.")
     val_check_interval: PositiveInt = knob(10, "PPO steps between validations.")
     save_interval: PositiveInt = knob(50, "PPO steps between checkpoints.")

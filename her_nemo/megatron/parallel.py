@@ -171,6 +171,15 @@ def data_all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.Red
     return tensor
 
 
+def data_gather_objects(value: Any) -> list[Any]:
+    """Every data-parallel replica's `value` (small, picklable), in the order of the replicas, on every rank."""
+    if data_size() == 1:
+        return [value]
+    found: list[Any] = [None] * data_size()
+    dist.all_gather_object(found, value, group=parallel_state.get_data_parallel_group())
+    return found
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on any rank of the world."""
     if dist.get_world_size() == 1:

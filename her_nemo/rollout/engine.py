@@ -6,7 +6,7 @@ The training loops know this protocol alone. Behind it stand the trainer's own M
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -92,11 +92,19 @@ class Rollout:
 class RolloutEngine(Protocol):
     """Anything that can sample replies from the current policy."""
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Rollout:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        indices: Sequence[int] | None = None,
+    ) -> Rollout:
         """Sample one reply a prompt.
 
-        Reply i depends on (weights, prompt i, sampling, seed, i) and not on which prompts share its batch,
-        up to floating-point rounding.
+        Reply i depends on (weights, prompt i, sampling, seed, indices[i]) and not on which prompts share its
+        batch, up to floating-point rounding. `indices` numbers the prompts in the whole job where `prompts`
+        is one replica's part of it, so that samples do not change with the number of replicas; None: 0, 1, ...
         """
         ...
 

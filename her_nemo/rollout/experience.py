@@ -120,20 +120,28 @@ def estimate_advantages(
         )
 
 
+def reply_statistics(experience: Experience) -> dict[str, torch.Tensor]:
+    """Sums over this replica's rows of what needs the replies and their scores alone."""
+    sums = {
+        "samples": torch.tensor(float(len(experience))),
+        "rewards": experience.scores_B.sum(),
+        "response_lengths": experience.response_lengths_B.sum(),
+        "finished": experience.finished_B.sum(),
+    }
+    return {name: value.double().to(platform.device()) for name, value in sums.items()}
+
+
 def statistics(experience: Experience) -> dict[str, torch.Tensor]:
     """Sums over this replica's rows, to be added over replicas: rewards, KL, lengths, gaps to the engine."""
     mask = experience.mask_BT
     kl_BT = torch.where(mask, experience.old_log_probs_BT - experience.ref_log_probs_BT, 0.0)
     gap_BT = torch.where(mask, (experience.old_log_probs_BT - experience.rollout_log_probs_BT).abs(), 0.0)
-    sums = {
-        "samples": torch.tensor(float(len(experience))),
+    sums = reply_statistics(experience) | {
         "tokens": mask.sum(),
-        "rewards": experience.scores_B.sum(),
+        "sequence_tokens": experience.lengths_B.sum(),
         "rewards_squared": experience.scores_B.double().square().sum(),
         "rewards_with_kl": torch.where(mask, experience.rewards_BT, 0.0).sum(),
         "init_policy_kl": kl_BT.sum(),
-        "response_lengths": experience.response_lengths_B.sum(),
-        "finished": experience.finished_B.sum(),
         "values": torch.where(mask, experience.values_BT, 0.0).sum(),
         "gap": gap_BT.sum(),
     }

@@ -6,7 +6,7 @@ ranks inside a replica make the same calls and end with the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -37,21 +37,29 @@ class MegatronEngine:
         del named
         self._version = version
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> Rollout:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        indices: Sequence[int] | None = None,
+    ) -> Rollout:
         """Sample one reply a prompt. See `RolloutEngine.generate`.
 
-        The uniform number behind token t of reply i depends on (seed, i, t) alone, so replies do not
-        change with `micro_batch_size` or with the way the model is cut. Log-probs are those of the
+        The uniform number behind token t of reply i depends on (seed, indices[i], t) alone, so replies do
+        not change with `micro_batch_size` or with the way the model is cut. Log-probs are those of the
         temperature-scaled distribution before top-k and top-p cut it, which the trainer can recompute.
         """
         rollout = Rollout.empty(prompts, weight_version=self._version)
+        numbers = range(len(prompts)) if indices is None else indices
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         with decoding(self._model):
             for begin in range(0, len(order), self._micro_batch_size):
                 chosen = order[begin : begin + self._micro_batch_size]
                 replies, log_probs, finished = self._generate_batch(
                     [prompts[index] for index in chosen],
-                    _uniforms(seed, chosen, sampling.max_tokens),
+                    _uniforms(seed, [numbers[index] for index in chosen], sampling.max_tokens),
                     sampling,
                 )
                 for row, index in enumerate(chosen):
@@ -127,7 +135,7 @@ def sample(
 
 
 def _uniforms(seed: int, indices: list[int], length: int) -> torch.Tensor:
-    """Uniform numbers [B, T] in float64, a row from (seed, index of the prompt) alone."""
+    """Uniform numbers [B, T] in float64, a row from (seed, number of the prompt) alone."""
     rows = []
     for index in indices:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index) & 0x7FFF_FFFF_FFFF_FFFF)

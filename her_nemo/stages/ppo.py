@@ -12,39 +12,35 @@ from collections.abc import Callable
 import torch
 
 from her_nemo.algorithms.ppo_loss import policy_loss, value_loss
+from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import KIND_NAMES, Prompt, Tokeniser, encode_prompt
+from her_nemo.data.tokenise import Prompt, Tokeniser, encode_prompt
 from her_nemo.megatron import parallel
 from her_nemo.megatron.forward import TokenOutputs
+from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
 from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
 from her_nemo.rollout.invariants import check_rollout_gap, check_unmoved_kl, check_unmoved_ratio
 from her_nemo.rollout.megatron_engine import MegatronEngine
+from her_nemo.stages import ppo_tags as tags
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch, global_sums
 from her_nemo.training.loop import forever, load_rows
 from her_nemo.training.run import Run, open_run
 
+SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
+
 
 def run(cfg: PpoConfig) -> int:
-    ppo, model, precision = cfg.trainer.ppo, cfg.model, cfg.trainer.precision
+    ppo, model = cfg.trainer.ppo, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        room = model.encoder_seq_length - model.ppo.length_params.max_length
-        prompts = load_rows(encode_prompt, tokeniser, model.data.train_ds.file_path, "prompts", model, room)
-        reward_source = sources.locate(cfg.reward.restore_from_path)
-        critic_source = (
-            sources.locate(cfg.critic.restore_from_path) if cfg.critic.restore_from_path else reward_source
-        )
+        prompts, held_out = load_prompts(cfg, tokeniser)
         last = ppo.critic_warmup_steps + ppo.max_steps
-        limits = {"clip_grad": ppo.gradient_clip_val, "max_steps": last * updates_per_step(cfg)}
-        actor = Learner.build("model", cfg, model.optim, source=here.source, head="lm", **limits)
-        critic = Learner.build("critic", cfg, cfg.critic.optim, source=critic_source, head="scalar", **limits)
-        reference = sources.build(here.source, model, precision, head="lm", trainable=False)
-        reward_model = sources.build(reward_source, model, precision, head="scalar", trainable=False)
+        actor, critic, reference, reward_model = build_models(cfg, here, last)
         engine = MegatronEngine(
             actor.model, pad_id=tokeniser.pad_id, micro_batch_size=model.ppo.rollout_micro_batch_size
         )
@@ -52,19 +48,19 @@ def run(cfg: PpoConfig) -> int:
             len(prompts), model.ppo.num_rollout_samples, model.seed, model.data.shuffle
         )
         done = here.resume([actor, critic], order)
+        engine.update_weights(hf_tensors(actor.model), version=done)
         batches = forever(order)
         for step in here.steps(done + 1, last, "ppo"):
-            experience = generate(cfg, engine, [prompts[i] for i in next(batches)], tokeniser, step)
-            ex.score(experience, reward_model, model.ppo.forward_micro_batch_size)
-            ex.evaluate_policy(
-                experience,
-                actor.model,
-                reference,
-                critic.model,
-                model.ppo.forward_micro_batch_size,
-                model.ppo.sampling_params.temperature,
-            )
-            gap = check_rollout_gap(experience, tokeniser, step, precision)
+            with here.timers("generate"):
+                experience, replies = generate(cfg, engine, [prompts[i] for i in next(batches)], tokeniser, step)
+            with here.timers("score"):
+                ex.score(experience, reward_model, model.ppo.forward_micro_batch_size)
+            with here.timers("log_probs"):
+                ex.evaluate_policy(
+                    experience, actor.model, reference, critic.model,
+                    model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
+                )  # fmt: skip
+            gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)
             ex.estimate_advantages(
                 experience,
                 kl_penalty=ppo.initial_policy_kl_penalty,
@@ -72,29 +68,71 @@ def run(cfg: PpoConfig) -> int:
                 gae_lambda=ppo.gae_lambda,
                 normalize=ppo.normalize_advantages,
             )
-            rollout = global_sums([ex.statistics(experience)])
-            record(here, step, rollout_tags(rollout, gap))
-            record(here, step, critic_tags(update(critic, experience, value_objective(cfg), cfg, step)))
+            rollout = report_rollout(here, step, experience, replies, gap)
+            with here.timers("critic"):
+                passes = update(critic, experience, value_objective(cfg), cfg, step)
+            here.metrics.log(step, tags.critic_tags(passes))
             if step > ppo.critic_warmup_steps:
-                passes = update(
-                    actor, experience, policy_objective(cfg), cfg, step, on_first=unmoved(here, step, cfg)
-                )
-                record(here, step, actor_tags(passes))
+                with here.timers("actor"):
+                    passes = update(
+                        actor, experience, policy_objective(cfg), cfg, step, on_first=unmoved(here, step, cfg)
+                    )
+                here.metrics.log(step, tags.actor_tags(passes))
                 engine.update_weights(hf_tensors(actor.model), version=step)
             else:
-                check_unmoved_kl(rollout["init_policy_kl"] / rollout["tokens"], precision)
-            summarise(here, rollout, gap)
+                check_unmoved_kl(rollout["init_policy_kl"] / rollout["tokens"], cfg.trainer.precision)
+            if held_out and (step % ppo.val_check_interval == 0 or step == last):
+                with here.timers("validate"):
+                    validate(cfg, here, step, engine, held_out, reward_model, tokeniser)
             if step % ppo.save_interval == 0 or step == last:
                 here.save(step)
     return 0
 
 
+def load_prompts(cfg: PpoConfig, tokeniser: Tokeniser) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those to validate on (the head of the file; none if that is off).
+
+    Raises:
+        UserError: fewer validation prompts than replicas.
+    """
+    model, room = cfg.model, cfg.model.encoder_seq_length - cfg.model.ppo.length_params.max_length
+    train = load_rows(encode_prompt, tokeniser, model.data.train_ds.file_path, "prompts", model, room)
+    path, wanted = model.data.validation_ds.file_path, model.ppo.num_val_samples
+    if path is None or wanted == 0:
+        return train, []
+    held_out = load_rows(encode_prompt, tokeniser, path, "prompts", model, room)[:wanted]
+    if len(held_out) < parallel.data_size():
+        raise UserError(
+            f"{path}: {len(held_out)} validation prompts for {parallel.data_size()} replicas; give at least one "
+            "a replica (model.ppo.num_val_samples), or set it to 0."
+        )
+    return train, held_out
+
+
+def build_models(cfg: PpoConfig, here: Run, last: int) -> tuple[Learner, Learner, Model, Model]:
+    """Actor and critic, which learn; reference and reward model, which do not."""
+    model, precision = cfg.model, cfg.trainer.precision
+    reward_source = sources.locate(cfg.reward.restore_from_path)
+    critic_path = cfg.critic.restore_from_path
+    critic_source = sources.locate(critic_path) if critic_path else reward_source
+    limits = {"clip_grad": cfg.trainer.ppo.gradient_clip_val, "max_steps": last * updates_per_step(cfg)}
+    return (
+        Learner.build("model", cfg, model.optim, source=here.source, head="lm", **limits),
+        Learner.build("critic", cfg, cfg.critic.optim, source=critic_source, head="scalar", **limits),
+        sources.build(here.source, model, precision, head="lm", trainable=False),
+        sources.build(reward_source, model, precision, head="scalar", trainable=False),
+    )
+
+
 def generate(
     cfg: PpoConfig, engine: RolloutEngine, prompts: list[Prompt], tokeniser: Tokeniser, step: int
-) -> Experience:
-    """This replica's share of the rollout: every data_size-th prompt from its data rank on."""
+) -> tuple[Experience, list[str]]:
+    """This replica's share of a rollout, every data_size-th prompt from its data rank on, and its replies as text.
+
+    What is drawn for a prompt depends on model.seed, the step and the prompt's place in the whole rollout.
+    """
     ppo = cfg.model.ppo
-    mine = [prompt.token_ids.tolist() for prompt in prompts[parallel.data_rank() :: parallel.data_size()]]
+    mine = range(parallel.data_rank(), len(prompts), parallel.data_size())
     sampling = Sampling(
         temperature=ppo.sampling_params.temperature,
         top_k=ppo.sampling_params.top_k,
@@ -103,12 +141,52 @@ def generate(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    seed = (cfg.model.seed * 100_003 + step) * parallel.data_size() + parallel.data_rank()
-    rollout = engine.generate(mine, sampling, seed)
+    rollout = engine.generate(
+        [prompts[index].token_ids.tolist() for index in mine],
+        sampling,
+        seed=cfg.model.seed * 100_003 + step,
+        indices=mine,
+    )
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
-    return Experience.from_rollout(
+    experience = Experience.from_rollout(
         rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
     )
+    return experience, [tokeniser.decode(ids) for ids in rollout.response_ids]
+
+
+def report_rollout(
+    here: Run, step: int, experience: Experience, replies: list[str], gap: float
+) -> dict[str, float]:
+    """Log one rollout (collective); returns its sums over all replicas."""
+    sums = global_sums([ex.statistics(experience)])
+    here.tokens += int(sums["sequence_tokens"])
+    here.metrics.log(step, tags.rollout_tags(sums, gap))
+    everywhere = [text for part in parallel.data_gather_objects(replies) for text in part]
+    if here.main:
+        here.metrics.log(step, tags.roleplay_tags(everywhere))
+        rewards = experience.scores_B.tolist()
+        rows = [{"reply": replies[row], "reward": rewards[row]} for row in range(min(SAMPLES_KEPT, len(replies)))]
+        tags.write_samples(here.directory, step, rows)
+        here.metrics.text(step, "rollout/reply", replies[0])
+    tags.summarise(here.summary, sums, gap)
+    return sums
+
+
+def validate(
+    cfg: PpoConfig,
+    here: Run,
+    step: int,
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    reward_model: Model,
+    tokeniser: Tokeniser,
+) -> None:
+    """Reward of replies to held-out prompts (collective). Each validation draws with the same random numbers."""
+    experience, _ = generate(cfg, engine, prompts, tokeniser, step=0)
+    ex.score(experience, reward_model, cfg.model.ppo.forward_micro_batch_size)
+    sums = global_sums([ex.reply_statistics(experience)])
+    here.metrics.log(step, tags.validation_tags(sums))
+    here.summary["val_reward"] = sums["rewards"] / sums["samples"]
 
 
 def updates_per_step(cfg: PpoConfig) -> int:
@@ -186,52 +264,3 @@ def unmoved(here: Run, step: int, cfg: PpoConfig) -> Callable[[dict[str, float]]
         here.summary.setdefault("ratio_step0", ratio)
 
     return check
-
-
-def record(here: Run, step: int, tags: dict[str, float]) -> None:
-    here.metrics.log(step, tags)
-
-
-def rollout_tags(sums: dict[str, float], gap: float) -> dict[str, float]:
-    samples, tokens = sums["samples"], sums["tokens"]
-    tags = {
-        f"train_rollouts/{name}": sums[name] / samples
-        for name in ("rewards", "rewards_with_kl", "init_policy_kl", "response_lengths", "finished")
-    }
-    tags |= {"rollout/logprob_gap_max": gap, "rollout/logprob_gap_mean": sums["gap"] / tokens}
-    for kind, name in KIND_NAMES.items():
-        if sums[f"kind{kind}_tokens"]:
-            tags[f"layers/{name}/kl"] = sums[f"kind{kind}_kl"] / sums[f"kind{kind}_tokens"]
-            tags[f"layers/{name}/tokens"] = sums[f"kind{kind}_tokens"] / samples
-    return tags
-
-
-def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
-    count = sum(sums["count"] for sums in passes)
-    return {
-        "train_optim/loss": sum(sums["loss_sum"] for sums in passes) / count,
-        "train_optim/ppo_ratio": sum(sums["ratio_sum"] for sums in passes) / count,
-        "train_optim/ppo_ratio_clamped": sum(sums["clipped_ratio_sum"] for sums in passes) / count,
-        "train_optim/clip_fraction": sum(sums["clip_fraction_sum"] for sums in passes) / count,
-        "train_optim/grad_norm": passes[-1]["grad_norm"],
-        "train_optim/lr": passes[-1]["lr"],
-    }
-
-
-def critic_tags(passes: list[dict[str, float]]) -> dict[str, float]:
-    count = sum(sums["count"] for sums in passes)
-    return {
-        "critic/loss": sum(sums["loss_sum"] for sums in passes) / count,
-        "critic/value": sum(sums["value_sum"] for sums in passes) / count,
-        "critic/return": sum(sums["return_sum"] for sums in passes) / count,
-        "critic/grad_norm": passes[-1]["grad_norm"],
-    }
-
-
-def summarise(here: Run, sums: dict[str, float], gap: float) -> None:
-    """First and last reward (mean over a rollout), last KL (nats a reply), largest gap to the engine so far."""
-    reward = sums["rewards"] / sums["samples"]
-    here.summary.setdefault("reward_first", reward)
-    here.summary["reward_last"] = reward
-    here.summary["kl_last"] = sums["init_policy_kl"] / sums["samples"]
-    here.summary["logprob_gap_max"] = max(gap, here.summary.get("logprob_gap_max", 0.0))

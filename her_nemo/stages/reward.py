@@ -47,9 +47,12 @@ def run(cfg: RewardConfig) -> int:
         done = here.resume([learner], order)
         batches = forever(order)
         for step in here.steps(done + 1, last, "reward"):
-            sums = learner.update(
-                my_micro_batches(train, next(batches), model, tokeniser), pair_loss, step=step
-            )
+            indices = next(batches)
+            here.tokens += sum(len(sample) for index in indices for sample in train[index])
+            with here.timers("update"):
+                sums = learner.update(
+                    my_micro_batches(train, indices, model, tokeniser), pair_loss, step=step
+                )
             here.metrics.log(
                 step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
             )

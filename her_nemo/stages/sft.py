@@ -42,9 +42,12 @@ def run(cfg: SftConfig) -> int:
         done = here.resume([learner], order)
         batches = forever(order)
         for step in here.steps(done + 1, last, "sft"):
-            sums = learner.update(
-                my_micro_batches(train, next(batches), model, tokeniser), sft_loss, step=step
-            )
+            indices = next(batches)
+            here.tokens += sum(len(train[index]) for index in indices)
+            with here.timers("update"):
+                sums = learner.update(
+                    my_micro_batches(train, indices, model, tokeniser), sft_loss, step=step
+                )
             here.metrics.log(
                 step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +68,31 @@ class MetricLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Timers:
+    """Wall-clock seconds of the parts of a step, on this rank. On CUDA each part waits for the GPU at its end."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def seconds(self, name: str) -> float:
+        """Seconds of a part since the last `tags`."""
+        return self._seconds[name]
+
+    def tags(self) -> dict[str, float]:
+        """`timers/<part>` of everything timed since the last call, which starts anew."""
+        found = {f"timers/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

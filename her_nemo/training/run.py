@@ -16,7 +16,7 @@ from her_nemo.megatron import parallel, platform
 from her_nemo.training import checkpoint
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner
-from her_nemo.training.logging import MetricLogger, progress
+from her_nemo.training.logging import MetricLogger, Timers, progress
 from her_nemo.training.signals import GracefulStop
 
 SUMMARY_FILE = "summary.json"
@@ -41,6 +41,8 @@ class Run:
         self.tokenizer = _tokenizer(cfg, source)
         self.stop = GracefulStop()
         self.summary: dict[str, Any] = {}
+        self.timers = Timers()
+        self.tokens = 0  # processed in this step, over all ranks; a stage adds to it
         self._learners: Sequence[Learner] = ()
         self._order: Resumable | None = None
         self._manifest = self._find()
@@ -85,6 +87,7 @@ class Run:
                 )
             learner.load(self._manifest.directory)
         order.load_state_dict(self._manifest.counters["order"])
+        self.summary |= self._manifest.counters["summary"]
         return self._manifest.step
 
     def steps(self, first: int, last: int, title: str) -> Iterator[int]:
@@ -92,7 +95,11 @@ class Run:
         for step in progress(
             range(first, last + 1), total=last, done=first - 1, title=title, enabled=self.main
         ):
-            yield step
+            self.tokens = 0
+            with self.timers("step"):
+                yield step
+            speed = self.tokens / self.timers.seconds("step")
+            self.metrics.log(step, self.timers.tags() | {"performance/tokens_per_second": speed})
             if step < last and self.stop.requested():
                 self.save(step)
                 break
@@ -113,7 +120,7 @@ class Run:
             step,
             save_tensors,
             models={learner.name: sources.describe(learner.model) for learner in self._learners},
-            counters={"order": self._order.state_dict()},
+            counters={"order": self._order.state_dict(), "summary": self.summary},
             config=self.cfg.model_dump(),
             tokenizer=self.tokenizer,
         )

@@ -131,28 +131,72 @@ def reward_overrides(place: Place, out: Path) -> list[str]:
     ]
 
 
+def ppo_overrides(place: Place, reward: Path, out: Path, **changes: object) -> list[str]:
+    values = {
+        "model.data.train_ds.file_path": place.world / "prompts_train.jsonl",
+        "model.data.validation_ds.file_path": place.world / "prompts_test.jsonl",
+        "pretrained_checkpoint.restore_from_path": place.model,
+        "reward.restore_from_path": reward,
+        "exp_manager.explicit_log_dir": out,
+        "model.encoder_seq_length": 384,
+        "model.micro_batch_size": 2,
+        "model.global_batch_size": 4,
+        "model.optim.lr": 1e-3,
+        "critic.optim.lr": 1e-3,
+        "model.ppo.num_rollout_samples": 8,
+        "model.ppo.num_val_samples": 8,
+        "model.ppo.length_params.max_length": 16,
+        "trainer.ppo.val_check_interval": 2,
+        "trainer.ppo.critic_warmup_steps": 1,
+        "trainer.ppo.max_steps": 3,
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+PPO_CURVES = (
+    "train_rollouts/rewards",
+    "train_rollouts/response_lengths",
+    "val_rollouts/rewards",
+    "train_optim/loss",
+    "critic/loss",
+)
+
+
 @pytest.mark.parallel
 def test_reward_model_and_ppo_at_every_layout(place: Place, stage: Stage, tmp_path: Path) -> None:
-    """One reward model for all; the loss of its training and PPO's invariants hold however it is cut."""
-    curves = {}
+    """The curves of both, and PPO's invariants, hold however the models are cut and the batch is dealt out."""
+    losses, found = {}, {}
     for name in ("tp1", "tp2", "pp2", "dp2"):
         stage("reward", *reward_overrides(place, tmp_path / f"reward_{name}"), *layout_of(name))
-        curves[name] = np.array(curve(tmp_path / f"reward_{name}", "train/loss"))
-        assert np.abs(curves[name] - curves["tp1"]).max() < 1e-4, name
+        losses[name] = np.array(curve(tmp_path / f"reward_{name}", "train/loss"))
+        assert np.abs(losses[name] - losses["tp1"]).max() < 1e-4, name
         assert 0.0 <= summary(tmp_path / f"reward_{name}")["heldout_accuracy"] <= 1.0
-    for name in ("tp2", "pp2", "dp2"):
-        stage(
-            "ppo",
-            f"model.data.train_ds.file_path={place.world / 'prompts_train.jsonl'}",
-            f"pretrained_checkpoint.restore_from_path={place.model}",
-            f"reward.restore_from_path={tmp_path / 'reward_tp1'}",
-            f"exp_manager.explicit_log_dir={tmp_path / ('ppo_' + name)}",
-            "model.encoder_seq_length=384", "model.micro_batch_size=2", "model.global_batch_size=4",
-            "model.ppo.num_rollout_samples=8", "model.ppo.length_params.max_length=16", "model.optim.lr=1e-4",
-            "trainer.ppo.critic_warmup_steps=1", "trainer.ppo.max_steps=2",
-            *layout_of(name),
-        )
-        found = summary(tmp_path / f"ppo_{name}")
-        assert abs(found["ratio_step0"] - 1.0) < 1e-5, name
-        assert found["logprob_gap_max"] < 1e-4, name
-        assert curve(tmp_path / f"ppo_{name}", "train_rollouts/init_policy_kl")[0] == pytest.approx(0.0, abs=1e-5)
+    for name in ("tp1", "tp2", "pp2", "dp2"):
+        run = tmp_path / f"ppo_{name}"
+        stage("ppo", *ppo_overrides(place, tmp_path / "reward_tp1", run), *layout_of(name))
+        figures = summary(run)
+        assert abs(figures["ratio_step0"] - 1.0) < 1e-5, name
+        assert figures["logprob_gap_max"] < 1e-4, name
+        assert curve(run, "train_rollouts/init_policy_kl")[0] == pytest.approx(0.0, abs=1e-5)
+        found[name] = {tag: np.array(curve(run, tag)) for tag in PPO_CURVES}
+        for tag, values in found[name].items():
+            assert np.abs(values - found["tp1"][tag]).max() < 1e-3, (name, tag)
+    # Four rollouts, two of them followed by a validation; the actor moves in three.
+    assert [len(found["tp1"][tag]) for tag in PPO_CURVES] == [4, 4, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_ppo_resume_gives_the_same_bits(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """Four steps in one go, and three and one: actor, critic, samples and summary come out the same."""
+    stage("reward", *reward_overrides(place, tmp_path / "reward"))
+    stage("ppo", *ppo_overrides(place, tmp_path / "reward", tmp_path / "whole"))
+    for steps in (2, 3):
+        changes = {"trainer.ppo.max_steps": steps}
+        stage("ppo", *ppo_overrides(place, tmp_path / "reward", tmp_path / "cut", **changes))
+    for tag in PPO_CURVES[:2] + PPO_CURVES[3:]:
+        assert curve(tmp_path / "whole", tag) == curve(tmp_path / "cut", tag), tag
+    whole, cut = summary(tmp_path / "whole"), summary(tmp_path / "cut")
+    assert {key: value for key, value in whole.items() if key != "seconds"} == {
+        key: value for key, value in cut.items() if key != "seconds"
+    }

@@ -1,0 +1,89 @@
+"""What a PPO step reports: NeMo-Aligner's TensorBoard tags and ours, the replies themselves, and the summary.
+
+Sums are over all replicas; a function here divides them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from her_nemo.data.tokenise import KIND_NAMES
+from her_nemo.evaluation.vitals import vitals
+
+ROLLOUT_MEANS = ("rewards", "rewards_with_kl", "init_policy_kl", "response_lengths", "finished")
+
+
+def rollout_tags(sums: dict[str, float], gap: float) -> dict[str, float]:
+    """Means over replies, the gap between engine and trainer, and KL by segment kind (nats a token)."""
+    samples, tokens = sums["samples"], sums["tokens"]
+    tags = {f"train_rollouts/{name}": sums[name] / samples for name in ROLLOUT_MEANS}
+    tags |= {"rollout/logprob_gap_max": gap, "rollout/logprob_gap_mean": sums["gap"] / tokens}
+    for kind, name in KIND_NAMES.items():
+        if sums[f"kind{kind}_tokens"]:
+            tags[f"layers/{name}/kl"] = sums[f"kind{kind}_kl"] / sums[f"kind{kind}_tokens"]
+            tags[f"layers/{name}/tokens"] = sums[f"kind{kind}_tokens"] / samples
+    return tags
+
+
+def roleplay_tags(replies: Sequence[str]) -> dict[str, float]:
+    """The vitals of a rollout, which show a policy that breaks its format or falls onto one pattern."""
+    seen = vitals(replies)
+    return {
+        "roleplay/format_valid": seen.format_valid,
+        "roleplay/leak_rate": seen.leak_rate,
+        "roleplay/pattern_entropy": seen.pattern_entropy,
+        "roleplay/top1_pattern_share": seen.top1_pattern_share,
+        "roleplay/self_bleu": seen.self_bleu,
+    }
+
+
+def validation_tags(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the replies of one validation."""
+    return {
+        f"val_rollouts/{name}": sums[name] / sums["samples"]
+        for name in ("rewards", "response_lengths", "finished")
+    }
+
+
+def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates of one step."""
+    count = sum(sums["count"] for sums in passes)
+    return {
+        "train_optim/loss": sum(sums["loss_sum"] for sums in passes) / count,
+        "train_optim/ppo_ratio": sum(sums["ratio_sum"] for sums in passes) / count,
+        "train_optim/ppo_ratio_clamped": sum(sums["clipped_ratio_sum"] for sums in passes) / count,
+        "train_optim/clip_fraction": sum(sums["clip_fraction_sum"] for sums in passes) / count,
+        "train_optim/grad_norm": passes[-1]["grad_norm"],
+        "train_optim/lr": passes[-1]["lr"],
+    }
+
+
+def critic_tags(passes: list[dict[str, float]]) -> dict[str, float]:
+    """The same of the critic."""
+    count = sum(sums["count"] for sums in passes)
+    return {
+        "critic/loss": sum(sums["loss_sum"] for sums in passes) / count,
+        "critic/value": sum(sums["value_sum"] for sums in passes) / count,
+        "critic/return": sum(sums["return_sum"] for sums in passes) / count,
+        "critic/grad_norm": passes[-1]["grad_norm"],
+    }
+
+
+def summarise(summary: dict[str, Any], sums: dict[str, float], gap: float) -> None:
+    """First and last reward (mean over a rollout), last KL (nats a reply), largest gap to the engine so far."""
+    reward = sums["rewards"] / sums["samples"]
+    summary.setdefault("reward_first", reward)
+    summary["reward_last"] = reward
+    summary["kl_last"] = sums["init_policy_kl"] / sums["samples"]
+    summary["logprob_gap_max"] = max(gap, summary.get("logprob_gap_max", 0.0))
+
+
+def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    """`<run>/samples/step_00000012.jsonl`: what was asked, what came, and its reward."""
+    directory = run_dir / "samples"
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (directory / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
