@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from safetensors.torch import load_file
 from stage_files import Place, curve, summary
 
 Stage = Callable[..., None]
+ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {
     "tp1": (1, 1, 1),
     "tp2": (2, 2, 1),
@@ -200,3 +206,26 @@ def test_ppo_resume_gives_the_same_bits(place: Place, stage: Stage, tmp_path: Pa
     assert {key: value for key, value in whole.items() if key != "seconds"} == {
         key: value for key, value in cut.items() if key != "seconds"
     }
+
+
+@pytest.mark.slow
+def test_a_stop_signal_saves_and_the_run_goes_on_from_there(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """SIGTERM, as Slurm sends it: the step is finished, the checkpoint written, the exit code 0."""
+    run = tmp_path / "run"
+    overrides = sft_overrides(place, run, **{"trainer.sft.save_interval": 1000})
+    with subprocess.Popen(
+        [sys.executable, "-m", "her_nemo", "sft", *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        metrics = run / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    stopped = len(curve(run, "train/loss"))
+    assert 2 <= stopped < STEPS, "it ran to its end before the signal came"
+    assert (run / "checkpoints" / f"step_{stopped:08d}" / "manifest.json").is_file()
+    stage("sft", *overrides)
+    stage("sft", *sft_overrides(place, tmp_path / "whole"))
+    assert curve(run, "train/loss") == curve(tmp_path / "whole", "train/loss")
