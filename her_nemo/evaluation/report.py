@@ -94,6 +94,7 @@ def write_report(
             report=report,
             models=[(key, MODEL_NAMES.get(key, key)) for key in models_of(report)],
             rows=table(report),
+            sampling=sampling_words(report),
             checks=checks(report),
             tiles=tiles(report),
             charts=charts,
@@ -104,6 +105,19 @@ def write_report(
         )
     )
     Path(out_path).write_text(page, encoding="utf-8")
+
+
+def sampling_words(report: Report) -> str:
+    """", sampled at temperature 1, top-p 0.95", if all models were sampled alike and it is known how; else ""."""
+    ways = [evaluation.get("sampling") for evaluation in report.get("eval", {}).values()]
+    if not ways or not ways[0] or any(way != ways[0] for way in ways):
+        return ""
+    temperature, top_k, top_p = (ways[0][key] for key in ("temperature", "top_k", "top_p"))
+    if temperature == 0:
+        return ", greedily"
+    words = f", sampled at temperature {temperature:g}"
+    words += f", top-k {top_k}" if top_k else ""
+    return words + (f", top-p {top_p:g}" if top_p < 1 else "")
 
 
 def metric_series(run_dirs: Mapping[str, str | Path]) -> dict[str, list[tuple[int, float]]]:

@@ -20,11 +20,12 @@ from her_nemo.config.schema import Architecture, BaseConfig
 from her_nemo.data.sources import read_jsonl
 from her_nemo.data.tokenise import Tokeniser, pack_text
 from her_nemo.megatron.qwen3 import Qwen3Shape
-from her_nemo.training.logging import MetricLogger, progress
+from her_nemo.training.logging import MetricLogger, progress, quiet_transformers
 
 
 def run(cfg: BaseConfig, model: Architecture, *, text: Path, tokenizer: Path, out: Path, seed: int) -> None:
     """Train a base on `text` (JSON lines with "text") and write it to `out` in Hugging Face form."""
+    quiet_transformers()
     torch.manual_seed(seed)
     tokeniser = Tokeniser(tokenizer)
     rows, _ = read_jsonl(text, kind="text")

@@ -21,6 +21,7 @@ from her_nemo.data.tokenise import Tokeniser
 from her_nemo.megatron import forward, parallel, weights
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.training import source as sources
+from her_nemo.training.logging import quiet_transformers
 from her_nemo.training.run import distributed
 
 PROOF_FILE = "proof.json"
@@ -34,6 +35,7 @@ def run(cfg: ExportConfig) -> int:
         raise UserError(f"{source.path}: no tokenizer beside the weights. Set tokenizer=DIR.")
     out, partial = Path(cfg.out), Path(f"{cfg.out}.partial")
     dtype = getattr(torch, cfg.dtype)
+    quiet_transformers()
     with distributed(cfg):
         model = sources.build(source, cfg.model, cfg.trainer.precision, head=source.head, trainable=False)
         if parallel.is_main():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -93,6 +95,12 @@ class Timers:
         found = {f"timers/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return found
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' bars for loading and writing to terminals, as our own are."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

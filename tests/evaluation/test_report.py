@@ -12,7 +12,14 @@ import pytest
 
 from her_nemo.evaluation.charts import MAX_POINTS, Curve, line_chart, number, smoothed, thinned, ticks
 from her_nemo.evaluation.figures import checks, difference, table
-from her_nemo.evaluation.report import metric_series, pieces, plan_charts, side_by_side, write_report
+from her_nemo.evaluation.report import (
+    metric_series,
+    pieces,
+    plan_charts,
+    sampling_words,
+    side_by_side,
+    write_report,
+)
 from her_nemo.evaluation.statistics import mean_and_standard_error, paired_difference
 
 GOOD = "<system_thinking>Mara must bow.</system_thinking>Mara: <role_action>bows</role_action> Yes."
@@ -129,6 +136,21 @@ def test_the_page_has_everything_and_stands_alone(report: dict, samples: list[di
         assert text in page, text
     assert page.count("<svg") == 2
     assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "words"),
+    [
+        (0.0, 0, 1.0, ", greedily"),
+        (1.0, 0, 0.95, ", sampled at temperature 1, top-p 0.95"),
+        (0.6, 20, 1.0, ", sampled at temperature 0.6, top-k 20"),
+    ],
+)
+def test_the_page_says_how_replies_were_drawn(temperature: float, top_k: int, top_p: float, words: str) -> None:
+    way = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    assert sampling_words({"eval": {"sft": {"sampling": way}, "ppo": {"sampling": way}}}) == words
+    other = way | {"top_p": 0.5}
+    assert sampling_words({"eval": {"sft": {"sampling": way}, "ppo": {"sampling": other}}}) == ""
 
 
 def test_replies_are_escaped(report: dict, samples: list[dict], tmp_path: Path) -> None:
