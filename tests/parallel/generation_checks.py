@@ -23,14 +23,19 @@ def layouts(args: dict) -> dict:
         model = build(Path(args["directory"]), args["model"], layout, trainable=False)
         engine = MegatronEngine(model, pad_id=0, micro_batch_size=2)
         engine.update_weights(iter(()), version=3)
+        sampling = Sampling(temperature=0.9, max_tokens=12, stop_ids=(STOP,))
         greedy = engine.generate(PROMPTS, Sampling(temperature=0.0, max_tokens=12, stop_ids=(STOP,)), seed=0)
-        drawn = engine.generate(PROMPTS, Sampling(temperature=0.9, max_tokens=12, stop_ids=(STOP,)), seed=11)
+        drawn = engine.generate(PROMPTS, sampling, seed=11)
+        # As two replicas would share the prompts.
+        halves = [engine.generate(PROMPTS[first::2], sampling, 11, indices=range(first, 5, 2)) for first in (0, 1)]
         whole = MegatronEngine(model, pad_id=0, micro_batch_size=64)
-        again = whole.generate(PROMPTS, Sampling(temperature=0.9, max_tokens=12, stop_ids=(STOP,)), seed=11)
+        again = whole.generate(PROMPTS, sampling, seed=11)
         results[layout["name"]] = {
             "greedy": greedy.response_ids,
             "sampled": drawn.response_ids,
             "same_in_one_batch": drawn.response_ids == again.response_ids,
+            "same_in_two_halves": [half.response_ids for half in halves]
+            == [drawn.response_ids[first::2] for first in (0, 1)],
             "version": drawn.weight_version,
             "gap": max(trainer_gap(model, greedy, 1.0), trainer_gap(model, drawn, 0.9)),
             "sequence_parallel": model.bare().config.sequence_parallel,

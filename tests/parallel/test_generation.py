@@ -37,6 +37,7 @@ def assert_engine(processes: int, layouts: list[dict], directory: Path, model: s
             assert found["greedy"] == expected, (layout, rank)
             assert found["gap"] < 1e-4, (layout, rank, found["gap"])
             assert found["same_in_one_batch"], (layout, rank)
+            assert found["same_in_two_halves"], (layout, rank)
             assert found["version"] == 3
             assert found["sequence_parallel"] == layout.get("sequence", False), "the engine left a setting changed"
             sampled = sampled or found["sampled"]
