@@ -23,6 +23,7 @@ from her_nemo.config.errors import UserError
 from her_nemo.config.schema import DemoConfig
 from her_nemo.data.miniature_files import WorldSizes, write_world
 from her_nemo.evaluation.report import metric_series, side_by_side, write_report
+from her_nemo.evaluation.statistics import paired_difference
 
 MODELS = ("base", "sft", "ppo")
 MARKER = ".her_nemo_demo"
@@ -193,11 +194,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def collect(cfg: DemoConfig, out: Path, clock: Clock) -> dict[str, Any]:
-    """The demo's figures, each read from the file of the stage that measured it."""
+    """The demo's figures, each read from the file of the stage that measured it. The gain's standard error is that
+    of the difference scene by scene: both models answered the same prompts."""
     proofs = {name: read_json(out / "models" / name / "proof.json") for name in MODELS}
     evaluations = {name: read_json(out / "eval" / name / "eval.json") for name in MODELS}
-    gain = evaluations["ppo"]["oracle_score"] - evaluations["sft"]["oracle_score"]
-    error = sum(evaluations[name]["oracle_score_se"] ** 2 for name in ("sft", "ppo")) ** 0.5
+    gain, error = paired_difference(*(oracle_scores(out / "eval" / name) for name in ("sft", "ppo")))
     return {
         "stages": clock.stages,
         "parity": {
@@ -213,6 +214,12 @@ def collect(cfg: DemoConfig, out: Path, clock: Clock) -> dict[str, Any]:
         "seed": cfg.seed,
         "config": cfg.model_dump(),
     }
+
+
+def oracle_scores(directory: Path) -> dict[str, float]:
+    """The oracle's score of each held-out prompt, by trace_id."""
+    lines = (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["trace_id"]: row["score"] for row in map(json.loads, lines)}
 
 
 def versions() -> dict[str, str]:
