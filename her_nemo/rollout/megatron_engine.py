@@ -121,17 +121,27 @@ def sample(
     if sampling.temperature == 0:
         token_B = allowed_BV.argmax(dim=-1)
     else:
-        sorted_BV, index_BV = allowed_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        cumulative_BV = sorted_BV.cumsum(dim=-1)
-        keep_BV = cumulative_BV - sorted_BV < sampling.top_p
-        if sampling.top_k > 0:
-            keep_BV[:, sampling.top_k :] = False
-        kept_BV = sorted_BV.masked_fill(~keep_BV, 0.0).double()
-        target_B1 = uniform_B.double()[:, None] * kept_BV.sum(dim=-1, keepdim=True)
-        position_B1 = torch.searchsorted(kept_BV.cumsum(dim=-1), target_B1, right=True)
-        last_B1 = keep_BV.sum(dim=-1, keepdim=True) - 1
-        token_B = index_BV.gather(1, torch.minimum(position_B1, last_B1)).squeeze(1)
+        probs_BV = allowed_BV.softmax(dim=-1)
+        if sampling.top_k > 0 or sampling.top_p < 1:
+            probs_BV = probs_BV.masked_fill(~_kept(probs_BV, sampling), 0.0)
+        # In the order of the vocabulary, not of the probabilities: rounding swaps near-equal tokens of a sorted row,
+        # and two layouts of one model would draw different tokens.
+        cumulative_BV = probs_BV.double().cumsum(dim=-1)
+        target_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
+        position_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+        # Where rounding put the target at the very end, the last token that can be drawn.
+        last_B1 = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous())
+        token_B = torch.minimum(position_B1, last_B1).squeeze(1)
     return token_B, log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
+
+
+def _kept(probs_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[B, V] True at the tokens that top-k and top-p leave."""
+    sorted_BV, index_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    keep_BV = sorted_BV.cumsum(dim=-1) - sorted_BV < sampling.top_p
+    if sampling.top_k > 0:
+        keep_BV[:, sampling.top_k :] = False
+    return torch.zeros_like(keep_BV).scatter(1, index_BV, keep_BV)
 
 
 def _uniforms(seed: int, indices: list[int], length: int) -> torch.Tensor:
