@@ -12,8 +12,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from her_nemo.roleplay.kinds import Kind
-from her_nemo.roleplay.text import join_seam
-from her_nemo.roleplay.turn import Turn, parse_turn, render_segment
+from her_nemo.roleplay.styles import Style, write_visible
+from her_nemo.roleplay.turn import Turn, parse_turn
 
 
 class Reader(StrEnum):
@@ -24,14 +24,6 @@ class Reader(StrEnum):
     OTHER_CHARACTER = "other_character"  # another character's history: what can be seen and heard
     JUDGE_GRM = "judge_grm"  # the generative reward model: role thoughts count, the plan does not
     USER = "user"  # a person chatting
-
-
-class Style(StrEnum):
-    """How a visible segment is written."""
-
-    TAGGED = "tagged"  # <role_action>bows</role_action>
-    STARRED = "starred"  # *bows*
-    PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -69,41 +61,4 @@ def view(turn: Turn | str, reader: Reader) -> str:
         turn = parse_turn(turn, expect_plan=False)
     if table.verbatim:
         return turn.text
-    out = ""
-    hidden = False  # was something taken out since the last visible piece?
-    previous: Style | None = None
-    for kind, text in _pieces(turn):
-        style = table.styles.get(kind)
-        if style is None:
-            hidden = True
-            continue
-        if style is not Style.PLAIN and not text.strip():
-            hidden = True  # an empty tag shows nothing
-            continue
-        piece = {
-            Style.TAGGED: render_segment(kind, text),
-            Style.STARRED: f"*{text.strip()}*",
-            Style.PLAIN: text,
-        }[style]
-        if hidden:
-            out = join_seam(out, piece) if out else piece.lstrip()
-        elif Style.STARRED in (style, previous) or style is previous is Style.PLAIN:
-            out = join_seam(out, piece, collapse=False)
-        else:
-            out += piece
-        hidden, previous = False, style
-    return out.rstrip() if hidden else out
-
-
-def _pieces(turn: Turn) -> list[tuple[Kind, str]]:
-    """The segments with the name prefix at its place, counted as speech."""
-    pieces: list[tuple[Kind, str]] = []
-    pending = turn.name_span
-    for segment in turn.segments:
-        if pending is not None and segment.start >= pending[0]:
-            pieces.append((Kind.SPEECH, turn.name_prefix))
-            pending = None
-        pieces.append((segment.kind, segment.text))
-    if pending is not None:
-        pieces.append((Kind.SPEECH, turn.name_prefix))
-    return pieces
+    return write_visible(turn, table.styles)
