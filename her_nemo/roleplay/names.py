@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # Left and right single and double quotes, low quotes, primes, the grave and acute accents on their own, and
 # the modifier letters that are typed for an apostrophe.
@@ -13,6 +14,7 @@ _DASHES = {ord(sign): "-" for sign in "\u2010\u2011\u2012\u2013\u2014\u2015\u221
 _BLANKS = re.compile(r"\s+")
 
 
+@lru_cache(maxsize=4096)
 def normalise_name(name: str) -> str:
     """`name` for comparison: NFKC, straight quotes and dashes, no invisible signs, single spaces, case folded.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from her_nemo.roleplay.dialects import STYLES, Dialect
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.styles import Style, write_visible
 from her_nemo.roleplay.turn import Turn, parse_turn
@@ -23,6 +24,8 @@ class Reader(StrEnum):
     SELF_LATER = "self_later"  # the same character's history: his thoughts, without the old plans
     OTHER_CHARACTER = "other_character"  # another character's history: what can be seen and heard
     JUDGE_GRM = "judge_grm"  # the generative reward model: role thoughts count, the plan does not
+    JUDGE_COSER = "judge_coser"  # CoSER's judge (upstream): thoughts stripped
+    JUDGE_COSER_HER = "judge_coser_her"  # the same judge in HER's fork: role thoughts kept as [..]
     USER = "user"  # a person chatting
 
 
@@ -49,16 +52,32 @@ VIEWS: Mapping[Reader, View] = MappingProxyType(
         Reader.SELF_LATER: _THOUGHTS,
         Reader.OTHER_CHARACTER: _view(role_action=Style.TAGGED, speech=Style.PLAIN),
         Reader.JUDGE_GRM: _THOUGHTS,
+        Reader.JUDGE_COSER: _view(role_action=Style.PARENTHESISED, speech=Style.PLAIN),
+        Reader.JUDGE_COSER_HER: _view(
+            role_thinking=Style.BRACKETED, role_action=Style.PARENTHESISED, speech=Style.PLAIN
+        ),
         Reader.USER: _view(role_action=Style.STARRED, speech=Style.PLAIN),
     }
 )
 
 
-def view(turn: Turn | str, reader: Reader) -> str:
-    """The turn as `reader` sees it. A string is parsed first; malformed text is read *fail private*."""
+def view(turn: Turn | str, reader: Reader, *, dialect: Dialect | None = None) -> str:
+    """The turn as `reader` sees it.
+
+    Args:
+        turn: a turn of any dialect, or a message in HER's tags, which is parsed; malformed text is read *fail
+            private*.
+        reader: who reads.
+        dialect: how to write what he sees; None is as the table says. A thought that the dialect has no sign
+            for is left out. What is written in another dialect than HER's must be parsed in that dialect.
+    """
     table = VIEWS[reader]
     if isinstance(turn, str):
         turn = parse_turn(turn, expect_plan=False)
     if table.verbatim:
         return turn.text
-    return write_visible(turn, table.styles)
+    styles = table.styles
+    if dialect is not None:
+        known = STYLES[dialect]
+        styles = {kind: known[kind] for kind in styles if kind in known}
+    return write_visible(turn, styles)
