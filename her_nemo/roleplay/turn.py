@@ -9,6 +9,7 @@ back, while a line of speech held back is only a line missing.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -130,6 +131,7 @@ class _Builder:
     segments: list[Segment] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     stack: list[Tag] = field(default_factory=list)
+    open_kinds: Counter[Kind] = field(default_factory=Counter)
     kind: Kind = Kind.SPEECH
     start: int = 0
     parts: str = ""
@@ -148,9 +150,8 @@ class _Builder:
 
     def effective_kind(self) -> Kind:
         """The most private open tag decides: a plan quoted inside an action is still a plan."""
-        kinds = {tag.kind for tag in self.stack}
         for kind in (Kind.SYSTEM_THINKING, Kind.ROLE_THINKING, Kind.ROLE_ACTION):
-            if kind in kinds:
+            if self.open_kinds[kind]:
                 return kind
         return Kind.SPEECH
 
@@ -159,19 +160,21 @@ class _Builder:
             self.note(Defect.TAG_INSIDE, tag.start, tag.end)
         nested = bool(self.stack)
         self.stack.append(tag)
+        self.open_kinds[tag.kind] += 1
         kind = self.effective_kind()
         if not (nested and kind == self.kind):
             self.flush(tag.start)
             self.kind = kind
 
     def close(self, tag: Tag) -> None:
-        matches = [i for i, opened in enumerate(self.stack) if opened.name == tag.name]
-        if not matches or not tag.closes:
+        places = range(len(self.stack) - 1, -1, -1)
+        match = next((i for i in places if self.stack[i].name == tag.name), None) if tag.closes else None
+        if match is None:
             self._stray(tag)
             return
-        if matches[-1] != len(self.stack) - 1:
+        if match != len(self.stack) - 1:
             self.note(Defect.MISNESTED, tag.start, tag.end)
-        del self.stack[matches[-1]]
+        self.open_kinds[self.stack.pop(match).kind] -= 1
         kind = self.effective_kind()
         if not (self.stack and kind == self.kind):
             self.flush(tag.end)
@@ -292,10 +295,11 @@ def _split_name(
 ) -> tuple[list[Segment], str | None, tuple[int, int] | None]:
     """Take the name prefix off the speech that opens the turn or that follows the first plan."""
     places: list[int] = []
+    opens = True  # plans and blanks so far
     for index, segment in enumerate(segments):
-        opens = all(s.kind is Kind.SYSTEM_THINKING or s.blank for s in segments[:index])
         if opens and segment.kind is Kind.SPEECH and not segment.blank:
             places.append(index)
+        opens = opens and (segment.kind is Kind.SYSTEM_THINKING or segment.blank)
         if segment.kind is Kind.SYSTEM_THINKING:
             after = segments[index + 1 : index + 2]
             if after and after[0].kind is Kind.SPEECH and index + 1 not in places:

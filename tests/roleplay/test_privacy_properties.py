@@ -16,6 +16,7 @@ from her_nemo.roleplay.views import VIEWS, Reader, Style, view
 
 TAGS = ["system_thinking", "role_thinking", "role_action"]
 GREEK = re.compile(r"[\u03b1-\u03c9]")
+OTHERS = (Reader.OTHER_CHARACTER, Reader.USER, Reader.JUDGE_COSER)  # who sees no thought at all
 BLANKS = re.compile(r"\s+")
 
 latin = st.text(alphabet="abc ,.:'[]*\n", max_size=12)
@@ -106,6 +107,8 @@ def test_a_view_is_its_visible_segments_and_nothing_else(text: str, reader: Read
             continue
         marks = {
             "tagged": (f"<{segment.kind}>", f"</{segment.kind}>"),
+            "bracketed": ("[", "]"),
+            "parenthesised": ("(", ")"),
             "starred": ("*", "*"),
             "plain": ("", ""),
         }
@@ -145,10 +148,11 @@ def test_good_turns_are_exact_and_private(parts: list[str]) -> None:
     shown = view(turn, Reader.OTHER_CHARACTER)
     assert not GREEK.search(shown)
     assert squeezed(re.sub(r"</?role_action>", "", shown)) == latin_only
-    assert not GREEK.search(view(turn, Reader.USER))
+    for reader in OTHERS:
+        assert not GREEK.search(view(turn, reader))
     # word for word, in order: what is taken out leaves a gap
     gaps = "".join(" " if part.startswith("<") or GREEK.search(part) else part for part in parts)
-    for reader in (Reader.OTHER_CHARACTER, Reader.USER):
+    for reader in OTHERS:
         words = re.findall(r"\w+", re.sub(r"</?role_action>", " ", view(turn, reader)))
         assert words == re.findall(r"\w+", gaps)
 
@@ -188,5 +192,5 @@ def test_one_broken_tag_leaks_nothing(parts: list[str], data: st.DataObject) -> 
     text = "".join([*parts[:at], damage, *parts[at + 1 :]])
     for name in (None, "Lear"):
         turn = parse_turn(text, expect_name=name)
-        for reader in (Reader.OTHER_CHARACTER, Reader.USER):
+        for reader in OTHERS:
             assert not GREEK.search(view(turn, reader)), (text, view(turn, reader))
