@@ -21,7 +21,16 @@ from her_nemo.roleplay.marks import find_coser_marks, find_stars
 from her_nemo.roleplay.names import same_name
 from her_nemo.roleplay.styles import Style, decorate, pieces, write_visible
 from her_nemo.roleplay.tags import Tag, find_tags
-from her_nemo.roleplay.turn import Defect, Finding, Segment, Turn, assemble_turn, parse_turn, render_turn
+from her_nemo.roleplay.turn import (
+    Defect,
+    Finding,
+    Segment,
+    Turn,
+    assemble_turn,
+    expected_name_end,
+    parse_turn,
+    render_turn,
+)
 
 
 class Dialect(StrEnum):
@@ -69,7 +78,9 @@ def parse_message(
     if dialect is Dialect.HER:
         return parse_turn(text, expect_plan=expect_plan, expect_name=expect_name)
     tags, unknown = find_tags(text)
-    taken = [(tag.start, tag.end) for tag in tags]
+    # A name may have a parenthesis of its own: `Marcus (the elder): `.
+    named = expected_name_end(text, tags, expect_name)
+    taken = [(0, named), *((tag.start, tag.end) for tag in tags if tag.start >= named)]
     findings = [Finding(Defect.UNKNOWN_TAG, *span) for span in unknown]
     findings += [
         Finding(Defect.FOREIGN_TAG, tag.start, tag.end)

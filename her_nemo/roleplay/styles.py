@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 from her_nemo.roleplay.kinds import Kind
@@ -43,8 +43,8 @@ def write_visible(turn: Turn, styles: Mapping[Kind, Style], *, with_name: bool =
     """
     out = ""
     hidden = False  # was something taken out since the last visible piece?
-    previous: tuple[Kind, Style] | None = None
-    for kind, text in pieces(turn, with_name=with_name):
+    previous: Style | None = None
+    for kind, text, is_name in _named_pieces(turn, with_name):
         style = styles.get(kind)
         if style is None or (style is not Style.PLAIN and not text.strip()):
             hidden = True
@@ -53,29 +53,33 @@ def write_visible(turn: Turn, styles: Mapping[Kind, Style], *, with_name: bool =
         piece = decorate(kind, text.strip() if style is Style.STARRED else text, style)
         if hidden:
             out = join_seam(out, piece) if out else piece.lstrip()
-        elif previous is not None and _apart(previous, (kind, style)):
+        elif _apart(previous, style):
             out = join_seam(out, piece, collapse=False)
         else:
             out += piece
-        hidden, previous = False, (kind, style)
+        # What follows a name directly did so in the text too: its colon keeps them apart.
+        hidden, previous = False, None if is_name else style
     return out.rstrip() if hidden else out
 
 
-def _apart(before: tuple[Kind, Style], after: tuple[Kind, Style]) -> bool:
-    """Whether the border between two neighbours would be lost, or misread, without a blank."""
-    styles = (before[1], after[1])
-    return Style.STARRED in styles or styles == (Style.PLAIN, Style.PLAIN)
+def _apart(before: Style | None, after: Style) -> bool:
+    """Whether neighbours need a blank: signs, to be read as such (`the[m]` is an editor's), and two texts that
+    a tag stood between."""
+    return after in MARKS or before in MARKS or (before is Style.PLAIN and after is Style.PLAIN)
 
 
-def pieces(turn: Turn, *, with_name: bool = True) -> list[tuple[Kind, str]]:
+def pieces(turn: Turn) -> list[tuple[Kind, str]]:
     """The segments as (kind, text), with the name prefix at its place, counted as speech."""
-    out: list[tuple[Kind, str]] = []
+    return [(kind, text) for kind, text, _ in _named_pieces(turn, True)]
+
+
+def _named_pieces(turn: Turn, with_name: bool) -> Iterator[tuple[Kind, str, bool]]:
+    """(kind, text, whether it is the name prefix), in order."""
     pending = turn.name_span if with_name else None
     for segment in turn.segments:
         if pending is not None and segment.start >= pending[0]:
-            out.append((Kind.SPEECH, turn.name_prefix))
+            yield Kind.SPEECH, turn.name_prefix, True
             pending = None
-        out.append((segment.kind, segment.text))
+        yield segment.kind, segment.text, False
     if pending is not None:
-        out.append((Kind.SPEECH, turn.name_prefix))
-    return out
+        yield Kind.SPEECH, turn.name_prefix, True

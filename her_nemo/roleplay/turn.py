@@ -17,7 +17,7 @@ from enum import StrEnum
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.names import same_name
 from her_nemo.roleplay.tags import Tag, find_tags
-from her_nemo.roleplay.text import join_seam
+from her_nemo.roleplay.text import join_cut, join_seam
 
 __all__ = [
     "Defect",
@@ -141,7 +141,7 @@ class _Builder:
 
     def add_text(self, start: int, end: int) -> None:
         # Tags inside a segment are cut out of its text: the words on both sides must stay apart.
-        self.parts = join_seam(self.parts, self.text[start:end], collapse=False)
+        self.parts = join_cut(self.parts, self.text[start:end])
 
     def flush(self, end: int) -> None:
         if end > self.start:
@@ -205,7 +205,7 @@ class _Builder:
         text = ""
         for segment in merged:
             inside = segment.text if segment.start >= keep else segment.text[keep - segment.start :]
-            text = join_seam(text, inside, collapse=False)
+            text = join_cut(text, inside)
         head = [Segment(Kind.SPEECH, self.text[begin:keep], begin, keep)] if keep > begin else []
         self.segments[first:] = [*head, Segment(tag.kind, text, keep, tag.end)]
 
@@ -241,7 +241,7 @@ def assemble_turn(
         expect_plan, expect_name: as in `parse_turn`.
         needs_name: whether a missing name prefix is a defect.
     """
-    builder = _Builder(text, body_start=_expected_name_end(text, tags, expect_name), findings=[*findings])
+    builder = _Builder(text, body_start=expected_name_end(text, tags, expect_name), findings=[*findings])
     position = 0
     for tag in tags:
         builder.add_text(position, tag.start)
@@ -278,7 +278,7 @@ def _match_name(text: str, start: int, end: int, expect_name: str | None) -> tup
     return (found.group(2).strip(), found.end()) if found else None
 
 
-def _expected_name_end(text: str, tags: list[Tag], expect_name: str | None) -> int:
+def expected_name_end(text: str, tags: list[Tag], expect_name: str | None) -> int:
     """End of `Name: ` if the expected name stands at its place (at the start or after the plan), else 0."""
     if not expect_name:
         return 0

@@ -21,6 +21,7 @@ from her_nemo.roleplay.dialects import (
     write_message,
 )
 from her_nemo.roleplay.kinds import Kind
+from her_nemo.roleplay.names import same_name
 from her_nemo.roleplay.styles import Style, decorate, pieces
 from her_nemo.roleplay.turn import Turn, parse_turn
 from her_nemo.roleplay.views import VIEWS, Reader, view
@@ -132,7 +133,7 @@ def test_her_tags_say_the_same(text: str, dialect: Dialect) -> None:
     her = parse_turn(to_her(text, dialect, "Lear"), expect_plan=False, expect_name="Lear")
     assert her.name == "Lear"
     own = said(turn, private=False)
-    if turn.name == "Lear" or (turn.name or "").casefold() == "lear":
+    if turn.name is not None and same_name(turn.name, "Lear"):
         own = own.replace(squeezed(turn.name_prefix), "", 1)
     assert said(her, private=False) == "Lear:" + own
     assert squeezed(her.text_of(Kind.ROLE_THINKING)) == squeezed(turn.text_of(Kind.ROLE_THINKING))

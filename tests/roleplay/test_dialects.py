@@ -115,6 +115,8 @@ def test_names() -> None:
     assert parse_message("[x] Hi", Dialect.COSER).well_formed
     assert parse_message("[x] Hi", Dialect.COSER, expect_name="Lear").defects == (Defect.MISSING_NAME,)
     assert parse_message("Kent: Hi", Dialect.COSER, expect_name="Lear").defects == (Defect.WRONG_NAME,)
+    marked = parse_message("Marcus (the elder): [x] Hi", Dialect.COSER, expect_name="Marcus (the elder)")
+    assert (marked.name, marked.defects) == ("Marcus (the elder)", ())
     # the expected name is not part of the thought that lost its bracket
     lost = parse_message("Lear: hate him] Hi", Dialect.COSER, expect_name="Lear")
     assert (lost.name, view(lost, Reader.OTHER_CHARACTER)) == ("Lear", "Lear: Hi")

@@ -17,6 +17,8 @@ from her_nemo.roleplay.views import VIEWS, Reader, Style, view
 TAGS = ["system_thinking", "role_thinking", "role_action"]
 GREEK = re.compile(r"[\u03b1-\u03c9]")
 OTHERS = (Reader.OTHER_CHARACTER, Reader.USER, Reader.JUDGE_COSER)  # who sees no thought at all
+# Whose view can be read again as HER's dialect; the judges' is CoSER's.
+HER_READERS = [reader for reader in Reader if reader not in (Reader.JUDGE_COSER, Reader.JUDGE_COSER_HER)]
 BLANKS = re.compile(r"\s+")
 
 latin = st.text(alphabet="abc ,.:'[]*\n", max_size=12)
@@ -119,7 +121,7 @@ def test_a_view_is_its_visible_segments_and_nothing_else(text: str, reader: Read
 
 
 @settings(max_examples=500, deadline=None)
-@given(mangled, st.sampled_from(list(Reader)))
+@given(mangled, st.sampled_from(HER_READERS))
 def test_a_view_of_a_view_is_the_same(text: str, reader: Reader) -> None:
     once = view(text, reader)
     assert view(once, reader) == once
