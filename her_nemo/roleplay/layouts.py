@@ -190,7 +190,7 @@ def _split(text: str, heading: str, titles: Sequence[str]) -> tuple[str, dict[st
         if title in titles and titles.index(title) > place:
             place = titles.index(title)
             marks.append((title, found.start(), found.end()))
-    ends = [start for _, start, _ in marks[1:]] + [len(text)]
+    ends = [start for _, start, _ in marks[1:]] + [len(text)] * bool(marks)
     bodies = {
         title: text[end:stop].removeprefix("\n").removesuffix("\n\n")
         for (title, _, end), stop in zip(marks, ends, strict=True)
