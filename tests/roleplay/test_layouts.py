@@ -80,6 +80,9 @@ def test_a_section_of_the_profiles_own_stays_in_the_profile() -> None:
     for layout, line in ((Layout.HER, "===Youth==="), (Layout.HER_NATURAL, "**Youth**")):
         prompt = replace(PROMPT, profile=f"A miller.\n\n{line}\nHard.", description="", experience="")
         assert read_prompt(prompt.text(layout))[0] == prompt
+    # one of our own titles, but out of order
+    prompt = replace(PROMPT, scenario="The yard.\n\n===Background===\nHills.", description="", experience="")
+    assert read_prompt(prompt.text())[0] == prompt
 
 
 def test_a_name_with_from_in_it() -> None:
