@@ -62,6 +62,7 @@ class Tag:
     wrong_case: bool = False
     malformed: bool = False
     unknown: bool = False
+    wide: bool = False  # a mark of another dialect, written full-width
     closes: bool = True  # False: a close too mangled to be trusted to end a thought
 
 

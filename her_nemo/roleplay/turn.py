@@ -9,13 +9,15 @@ back, while a line of speech held back is only a line missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from her_nemo.roleplay.kinds import Kind
+from her_nemo.roleplay.names import same_name
 from her_nemo.roleplay.tags import Tag, find_tags
-from her_nemo.roleplay.text import join_seam
+from her_nemo.roleplay.text import join_cut, join_seam
 
 __all__ = [
     "Defect",
@@ -23,6 +25,7 @@ __all__ = [
     "Kind",
     "Segment",
     "Turn",
+    "assemble_turn",
     "parse_turn",
     "render_segment",
     "render_turn",
@@ -42,6 +45,8 @@ class Defect(StrEnum):
         "malformed_tag"  # <role_thinking without '>', [role_thinking], blanks or attributes in a tag
     )
     UNKNOWN_TAG = "unknown_tag"  # <think>, <b>
+    FOREIGN_TAG = "foreign_tag"  # HER's tag in a message of another dialect
+    WIDE_MARK = "wide_mark"  # a full-width or lenticular bracket, parenthesis or star
     EMPTY_TAG = "empty_tag"  # a tagged segment without text
     TEXT_BEFORE_PLAN = "text_before_plan"
     SEVERAL_PLANS = "several_plans"
@@ -126,6 +131,7 @@ class _Builder:
     segments: list[Segment] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     stack: list[Tag] = field(default_factory=list)
+    open_kinds: Counter[Kind] = field(default_factory=Counter)
     kind: Kind = Kind.SPEECH
     start: int = 0
     parts: str = ""
@@ -135,7 +141,7 @@ class _Builder:
 
     def add_text(self, start: int, end: int) -> None:
         # Tags inside a segment are cut out of its text: the words on both sides must stay apart.
-        self.parts = join_seam(self.parts, self.text[start:end], collapse=False)
+        self.parts = join_cut(self.parts, self.text[start:end])
 
     def flush(self, end: int) -> None:
         if end > self.start:
@@ -144,9 +150,8 @@ class _Builder:
 
     def effective_kind(self) -> Kind:
         """The most private open tag decides: a plan quoted inside an action is still a plan."""
-        kinds = {tag.kind for tag in self.stack}
         for kind in (Kind.SYSTEM_THINKING, Kind.ROLE_THINKING, Kind.ROLE_ACTION):
-            if kind in kinds:
+            if self.open_kinds[kind]:
                 return kind
         return Kind.SPEECH
 
@@ -155,19 +160,21 @@ class _Builder:
             self.note(Defect.TAG_INSIDE, tag.start, tag.end)
         nested = bool(self.stack)
         self.stack.append(tag)
+        self.open_kinds[tag.kind] += 1
         kind = self.effective_kind()
         if not (nested and kind == self.kind):
             self.flush(tag.start)
             self.kind = kind
 
     def close(self, tag: Tag) -> None:
-        matches = [i for i, opened in enumerate(self.stack) if opened.name == tag.name]
-        if not matches or not tag.closes:
+        places = range(len(self.stack) - 1, -1, -1)
+        match = next((i for i in places if self.stack[i].name == tag.name), None) if tag.closes else None
+        if match is None:
             self._stray(tag)
             return
-        if matches[-1] != len(self.stack) - 1:
+        if match != len(self.stack) - 1:
             self.note(Defect.MISNESTED, tag.start, tag.end)
-        del self.stack[matches[-1]]
+        self.open_kinds[self.stack.pop(match).kind] -= 1
         kind = self.effective_kind()
         if not (self.stack and kind == self.kind):
             self.flush(tag.end)
@@ -198,7 +205,7 @@ class _Builder:
         text = ""
         for segment in merged:
             inside = segment.text if segment.start >= keep else segment.text[keep - segment.start :]
-            text = join_seam(text, inside, collapse=False)
+            text = join_cut(text, inside)
         head = [Segment(Kind.SPEECH, self.text[begin:keep], begin, keep)] if keep > begin else []
         self.segments[first:] = [*head, Segment(tag.kind, text, keep, tag.end)]
 
@@ -212,9 +219,29 @@ def parse_turn(text: str, *, expect_plan: bool = True, expect_name: str | None =
         expect_name: the character who must be speaking; None accepts any `Name: `.
     """
     tags, unknown = find_tags(text)
-    builder = _Builder(text, body_start=_expected_name_end(text, tags, expect_name))
-    for start, end in unknown:
-        builder.note(Defect.UNKNOWN_TAG, start, end)
+    findings = [Finding(Defect.UNKNOWN_TAG, start, end) for start, end in unknown]
+    return assemble_turn(text, tags, findings, expect_plan=expect_plan, expect_name=expect_name)
+
+
+def assemble_turn(
+    text: str,
+    tags: list[Tag],
+    findings: Iterable[Finding] = (),
+    *,
+    expect_plan: bool,
+    expect_name: str | None,
+    needs_name: bool = True,
+) -> Turn:
+    """The turn that a text's tags make of it; what every dialect's reader shares.
+
+    Args:
+        text: the message.
+        tags: all tags and marks in order, without overlap.
+        findings: what was found amiss while they were looked for.
+        expect_plan, expect_name: as in `parse_turn`.
+        needs_name: whether a missing name prefix is a defect.
+    """
+    builder = _Builder(text, body_start=expected_name_end(text, tags, expect_name), findings=[*findings])
     position = 0
     for tag in tags:
         builder.add_text(position, tag.start)
@@ -231,12 +258,10 @@ def parse_turn(text: str, *, expect_plan: bool = True, expect_name: str | None =
     for tag in builder.stack:
         builder.note(Defect.UNCLOSED, tag.start, tag.end)
     segments, name, name_span = _split_name(text, builder.segments, expect_name)
-    findings = [
-        *builder.findings,
-        *_check(segments, name, name_span, text, expect_plan, expect_name),
-    ]
-    findings.sort(key=lambda finding: finding.start)
-    return Turn(name, tuple(segments), text, tuple(findings), name_span)
+    turn = Turn(name, tuple(segments), text, (), name_span)
+    found = [*builder.findings, *_check(turn, expect_plan, expect_name, needs_name)]
+    found.sort(key=lambda finding: finding.start)
+    return replace(turn, findings=tuple(found))
 
 
 _NAME = re.compile(r"(\s*)([^\s:<>\n*][^:<>\n]{0,59}):(?=[\s<]|$)[^\S\n]?")
@@ -253,7 +278,7 @@ def _match_name(text: str, start: int, end: int, expect_name: str | None) -> tup
     return (found.group(2).strip(), found.end()) if found else None
 
 
-def _expected_name_end(text: str, tags: list[Tag], expect_name: str | None) -> int:
+def expected_name_end(text: str, tags: list[Tag], expect_name: str | None) -> int:
     """End of `Name: ` if the expected name stands at its place (at the start or after the plan), else 0."""
     if not expect_name:
         return 0
@@ -270,10 +295,11 @@ def _split_name(
 ) -> tuple[list[Segment], str | None, tuple[int, int] | None]:
     """Take the name prefix off the speech that opens the turn or that follows the first plan."""
     places: list[int] = []
+    opens = True  # plans and blanks so far
     for index, segment in enumerate(segments):
-        opens = all(s.kind is Kind.SYSTEM_THINKING or s.blank for s in segments[:index])
         if opens and segment.kind is Kind.SPEECH and not segment.blank:
             places.append(index)
+        opens = opens and (segment.kind is Kind.SYSTEM_THINKING or segment.blank)
         if segment.kind is Kind.SYSTEM_THINKING:
             after = segments[index + 1 : index + 2]
             if after and after[0].kind is Kind.SPEECH and index + 1 not in places:
@@ -292,32 +318,26 @@ def _split_name(
     return [*segments[:index], *rest, *segments[index + 1 :]], name, (old.start, end)
 
 
-def _check(
-    segments: list[Segment],
-    name: str | None,
-    name_span: tuple[int, int] | None,
-    text: str,
-    expect_plan: bool,
-    expect_name: str | None,
-) -> Iterable[Finding]:
+def _check(turn: Turn, expect_plan: bool, expect_name: str | None, needs_name: bool) -> Iterable[Finding]:
     """The defects of the whole turn: plan, name, emptiness."""
-    plans = [segment for segment in segments if segment.kind is Kind.SYSTEM_THINKING]
+    plans = [segment for segment in turn.segments if segment.kind is Kind.SYSTEM_THINKING]
     if expect_plan and not plans:
         yield Finding(Defect.MISSING_PLAN, 0, 0)
     for extra in plans[1:]:
         yield Finding(Defect.SEVERAL_PLANS, extra.start, extra.end)
-    if plans and text[: plans[0].start].strip():
+    if plans and turn.text[: plans[0].start].strip():
         yield Finding(Defect.TEXT_BEFORE_PLAN, 0, plans[0].start)
-    if name is None:
+    if turn.name is None or turn.name_span is None:
         at = plans[0].end if plans else 0
-        yield Finding(Defect.MISSING_NAME, at, at)
-    elif expect_name is not None and name != expect_name and name_span is not None:
-        yield Finding(Defect.WRONG_NAME, *name_span)
-    for segment in segments:
+        if needs_name:
+            yield Finding(Defect.MISSING_NAME, at, at)
+    elif expect_name is not None and not same_name(turn.name, expect_name):
+        yield Finding(Defect.WRONG_NAME, *turn.name_span)
+    for segment in turn.segments:
         if segment.blank and segment.kind is not Kind.SPEECH:
             yield Finding(Defect.EMPTY_TAG, segment.start, segment.end)
-    if all(segment.kind.private or segment.blank for segment in segments):
-        yield Finding(Defect.EMPTY_REPLY, 0, len(text))
+    if all(segment.kind.private or segment.blank for segment in turn.segments):
+        yield Finding(Defect.EMPTY_REPLY, 0, len(turn.text))
 
 
 def render_segment(kind: Kind, text: str) -> str:
@@ -325,15 +345,19 @@ def render_segment(kind: Kind, text: str) -> str:
     return text if kind is Kind.SPEECH else f"<{kind.value}>{text}</{kind.value}>"
 
 
-def render_turn(turn: Turn) -> str:
-    """The turn as text. Equal to `turn.text` when it is well formed; tags are repaired when it is not."""
+def render_turn(turn: Turn, write: Callable[[Segment], str] | None = None) -> str:
+    """The turn as text. Equal to `turn.text` when it is well formed; tags are repaired when it is not.
+
+    `write` writes one segment, in HER's tags unless given.
+    """
+    write = write or (lambda segment: render_segment(segment.kind, segment.text))
     out: list[str] = []
     named = turn.name_span is None
     for segment in turn.segments:
         if not named and turn.name_span is not None and segment.start >= turn.name_span[0]:
             out.append(turn.name_prefix)
             named = True
-        out.append(render_segment(segment.kind, segment.text))
+        out.append(write(segment))
     if not named:
         out.append(turn.name_prefix)
     return "".join(out)

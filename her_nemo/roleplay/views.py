@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from her_nemo.roleplay.dialects import STYLES, Dialect
 from her_nemo.roleplay.kinds import Kind
-from her_nemo.roleplay.text import join_seam
-from her_nemo.roleplay.turn import Turn, parse_turn, render_segment
+from her_nemo.roleplay.styles import Style, write_visible
+from her_nemo.roleplay.turn import Turn, parse_turn
 
 
 class Reader(StrEnum):
@@ -23,15 +24,9 @@ class Reader(StrEnum):
     SELF_LATER = "self_later"  # the same character's history: his thoughts, without the old plans
     OTHER_CHARACTER = "other_character"  # another character's history: what can be seen and heard
     JUDGE_GRM = "judge_grm"  # the generative reward model: role thoughts count, the plan does not
+    JUDGE_COSER = "judge_coser"  # CoSER's judge (upstream): thoughts stripped
+    JUDGE_COSER_HER = "judge_coser_her"  # the same judge in HER's fork: role thoughts kept as [..]
     USER = "user"  # a person chatting
-
-
-class Style(StrEnum):
-    """How a visible segment is written."""
-
-    TAGGED = "tagged"  # <role_action>bows</role_action>
-    STARRED = "starred"  # *bows*
-    PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -57,53 +52,32 @@ VIEWS: Mapping[Reader, View] = MappingProxyType(
         Reader.SELF_LATER: _THOUGHTS,
         Reader.OTHER_CHARACTER: _view(role_action=Style.TAGGED, speech=Style.PLAIN),
         Reader.JUDGE_GRM: _THOUGHTS,
+        Reader.JUDGE_COSER: _view(role_action=Style.PARENTHESISED, speech=Style.PLAIN),
+        Reader.JUDGE_COSER_HER: _view(
+            role_thinking=Style.BRACKETED, role_action=Style.PARENTHESISED, speech=Style.PLAIN
+        ),
         Reader.USER: _view(role_action=Style.STARRED, speech=Style.PLAIN),
     }
 )
 
 
-def view(turn: Turn | str, reader: Reader) -> str:
-    """The turn as `reader` sees it. A string is parsed first; malformed text is read *fail private*."""
+def view(turn: Turn | str, reader: Reader, *, dialect: Dialect | None = None) -> str:
+    """The turn as `reader` sees it.
+
+    Args:
+        turn: a turn of any dialect, or a message in HER's tags, which is parsed; malformed text is read *fail
+            private*.
+        reader: who reads.
+        dialect: how to write what he sees; None is as the table says. A thought that the dialect has no sign
+            for is left out. What is written in another dialect than HER's must be parsed in that dialect.
+    """
     table = VIEWS[reader]
     if isinstance(turn, str):
         turn = parse_turn(turn, expect_plan=False)
     if table.verbatim:
         return turn.text
-    out = ""
-    hidden = False  # was something taken out since the last visible piece?
-    previous: Style | None = None
-    for kind, text in _pieces(turn):
-        style = table.styles.get(kind)
-        if style is None:
-            hidden = True
-            continue
-        if style is not Style.PLAIN and not text.strip():
-            hidden = True  # an empty tag shows nothing
-            continue
-        piece = {
-            Style.TAGGED: render_segment(kind, text),
-            Style.STARRED: f"*{text.strip()}*",
-            Style.PLAIN: text,
-        }[style]
-        if hidden:
-            out = join_seam(out, piece) if out else piece.lstrip()
-        elif Style.STARRED in (style, previous) or style is previous is Style.PLAIN:
-            out = join_seam(out, piece, collapse=False)
-        else:
-            out += piece
-        hidden, previous = False, style
-    return out.rstrip() if hidden else out
-
-
-def _pieces(turn: Turn) -> list[tuple[Kind, str]]:
-    """The segments with the name prefix at its place, counted as speech."""
-    pieces: list[tuple[Kind, str]] = []
-    pending = turn.name_span
-    for segment in turn.segments:
-        if pending is not None and segment.start >= pending[0]:
-            pieces.append((Kind.SPEECH, turn.name_prefix))
-            pending = None
-        pieces.append((segment.kind, segment.text))
-    if pending is not None:
-        pieces.append((Kind.SPEECH, turn.name_prefix))
-    return pieces
+    styles = table.styles
+    if dialect is not None:
+        known = STYLES[dialect]
+        styles = {kind: known[kind] for kind in styles if kind in known}
+    return write_visible(turn, styles)

@@ -19,7 +19,6 @@ from her_nemo.roleplay.prompt import (
 )
 from her_nemo.roleplay.views import Reader
 
-HER_SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/her/sft_single_turn_sample.jsonl"
 PROMPT = RolePrompt(
     name="Ada",
     book="The Mill",
@@ -46,19 +45,28 @@ def test_system_prompt_layout() -> None:
         RolePrompt.parse("Hello")
 
 
-@pytest.mark.skipif(not HER_SAMPLE.exists(), reason="shared sample data not here")
-def test_her_rows_are_rebuilt_exactly() -> None:
+def test_her_rows_are_rebuilt_exactly(shared_data: Path) -> None:
     """System prompt and history of HER's rows come out of our builder character for character."""
-    rows = [json.loads(line) for line in HER_SAMPLE.read_text(encoding="utf-8").splitlines()]
+    texts = [
+        (shared_data / f"her/sft_{kind}_turn_sample.jsonl").read_text("utf-8") for kind in ("single", "multi")
+    ]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert len(rows) == 124
     for row in rows:
-        messages = row["messages"][:-1]
+        messages = row["messages"][:-1] if "turn_index" in row else row["messages"]
         prompt = RolePrompt.parse(messages[0]["content"])
         history: list[Utterance] = []
         for message in messages[1:]:
             content = message["content"].removeprefix(CONVERSATION_START)
             for part in [content] if message["role"] == "assistant" else content.split("\n\n"):
-                history.append(Utterance(part.split(": ", 1)[0], part))
-        assert build_messages(prompt, prompt.name, history) == messages
+                speech = part.split("</system_thinking>")[-1]
+                history.append(Utterance(speech.split(": ", 1)[0], part))
+        assert prompt.text() == messages[0]["content"]
+        rebuilt = build_messages(prompt, prompt.name, history)
+        for message in messages[2:]:
+            if message["role"] == "assistant":  # sft_multi_turn keeps every plan; the history does not
+                message["content"] = message["content"].split("</system_thinking>")[-1]
+        assert rebuilt == messages
 
 
 def test_history_by_views() -> None:

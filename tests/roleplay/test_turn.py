@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from her_nemo.roleplay.turn import Defect, Kind, parse_turn, render_turn, write_turn
@@ -14,7 +11,6 @@ GOOD = (
     "<role_thinking>I must know.</role_thinking> Tell me,<role_action>leans in</role_action> daughters."
 )
 PLAN = "<system_thinking>p</system_thinking>"
-HER_SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/her/sft_single_turn_sample.jsonl"
 
 
 def kinds_and_texts(text: str, name: str | None = "Lear") -> list[tuple[str, str]]:
@@ -170,15 +166,3 @@ def test_write_turn() -> None:
     )
     with pytest.raises(ValueError, match="stray_close"):
         write_turn("Lear", [(Kind.SPEECH, "a</role_action>")])
-
-
-@pytest.mark.skipif(not HER_SAMPLE.exists(), reason="shared sample data not here")
-def test_real_replies_are_well_formed_and_come_back_exactly() -> None:
-    for line in HER_SAMPLE.read_text(encoding="utf-8").splitlines():
-        for message in json.loads(line)["messages"][2:]:
-            if message["role"] != "assistant":
-                continue
-            plan = message["content"].startswith("<system_thinking>")
-            turn = parse_turn(message["content"], expect_plan=plan)
-            assert turn.well_formed, turn.findings
-            assert render_turn(turn) == message["content"]
