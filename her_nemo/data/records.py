@@ -268,9 +268,11 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if line.strip():
                     yield json.loads(line)
     except OSError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from her_nemo.config.schema import (
     SftConfig,
     StageConfig,
 )
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -175,6 +178,11 @@ def _file(key: str, path: str) -> Iterator[Problem]:
         yield Problem(key, f"{path}: {what}", hint="give a JSON-lines file that exists")
     elif file.stat().st_size == 0:
         yield Problem(key, f"{path}: the file is empty")
+
+
+def is_dataset_name(path: str) -> bool:
+    """Whether `path`, at which nothing lies, may be a name for datasets.load_dataset: NAME or OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not path.endswith(DATA_SUFFIXES)
 
 
 def _tokenizer(key: str, path: str) -> Iterator[Problem]:

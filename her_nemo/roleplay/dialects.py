@@ -53,7 +53,10 @@ def _segments(text: str, start: int, dialect: Dialect, findings: list[Finding]) 
     position = begin = start
     while position < len(text):
         sign = text[position]
-        if sign not in closes or _EDITORIAL.match(text, position):
+        if dialect is Dialect.COSER and (editorial := _EDITORIAL.match(text, position)):
+            position = editorial.end()
+            continue
+        if sign not in closes:
             if dialect is Dialect.COSER and sign == "]":
                 findings.append(Finding(Defect.STRAY_CLOSE, position, position + 1))
                 yield Segment(Kind.ROLE_THINKING, text[begin:position], begin, position + 1)

@@ -1,0 +1,51 @@
+"""One reader per format, and telling which one a file needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from her_nemo.config.errors import UserError
+from her_nemo.data.readers import coser
+from her_nemo.data.readers.items import Format
+from her_nemo.data.readers.rows import RawRow
+
+# In the order of recognition: the more particular first.
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        format_.name: format_
+        for format_ in (
+            Format("coser_book", "conversations", coser.is_book, coser.count_book, coser.read_book),
+            Format("coser_test", "conversations", coser.is_test_case, coser.count_test_case, coser.read_test_case),
+        )
+    }
+)
+# What `source` may say: a family, in which the format is told by the rows, or one format.
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "auto": tuple(FORMATS),
+        "coser": tuple(name for name in FORMATS if name.startswith("coser")),
+        "her": tuple(name for name in FORMATS if name.startswith("her")),
+        "aligner": tuple(name for name in FORMATS if name.startswith("aligner")),
+        **{name: (name,) for name in FORMATS},
+    }
+)
+
+
+def recognise(row: RawRow, source: str) -> Format:
+    """The format of `source` that a row is of.
+
+    Raises:
+        UserError: if it is of none; names the file and what was seen.
+    """
+    names = FAMILIES[source]
+    if len(names) == 1:
+        return FORMATS[names[0]]
+    for name in names:
+        if FORMATS[name].looks_like(row.value):
+            return FORMATS[name]
+    value = row.value
+    seen = f"keys {', '.join(map(repr, list(value)[:12]))}" if isinstance(value, dict) else f"a {type(value).__name__}"
+    raise UserError(
+        f"{row.place.file}: not a format that source={source} knows ({seen}); the formats are {', '.join(names)}"
+    )
