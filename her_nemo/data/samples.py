@@ -197,7 +197,7 @@ def samples_of_view(seen: View, options: SampleOptions, hidden: list[str] | None
             _hear(history, message["content"], seen, hidden)
         elif message["role"] == "assistant":
             if not any(earlier["role"] == "user" for earlier in history):
-                history.append({"role": "user", "content": CONVERSATION_START.strip()})
+                history.append({"role": "user", "content": CONVERSATION_START})
             yield _answer(history, message["content"], index, number, planned, seen, options)
             number += 1
             later = _later(message["content"], seen)
@@ -224,7 +224,9 @@ def _hear(history: list[Message], content: str, seen: View, hidden: list[str] | 
     content = content.strip()
     first = not any(message["role"] == "user" for message in history)
     if first and not content.startswith(CONVERSATION_START.strip()):
-        content = (CONVERSATION_START + content).strip()
+        content = CONVERSATION_START + content
+    if content == CONVERSATION_START.strip():
+        content = CONVERSATION_START  # the character opens the conversation
     if history and history[-1]["role"] == "user":
         joined = "\n\n".join(part for part in (history[-1]["content"], content) if part)
         history[-1] = {"role": "user", "content": joined}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from her_nemo.config.errors import UserError
-from her_nemo.data.readers import coser
+from her_nemo.data.readers import aligner, coser, her, messages, own
 from her_nemo.data.readers.items import Format
 from her_nemo.data.readers.rows import RawRow
 
@@ -17,6 +17,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         for format_ in (
             Format("coser_book", "conversations", coser.is_book, coser.count_book, coser.read_book),
             Format("coser_test", "conversations", coser.is_test_case, coser.count_test_case, coser.read_test_case),
+            Format("her_full", "conversations", her.is_full, her.count_full, her.read_full),
+            Format("conversations", "conversations", own.is_own, own.count_own, own.read_own),
+            Format("her_single_turn", "views", her.is_single, messages.count_messages, her.read_single),
+            Format("her_multi_turn", "views", her.is_multi, messages.count_messages, her.read_multi),
+            Format("messages", "views", messages.is_messages, messages.count_messages, messages.read_messages),
+            Format("coser_sharegpt", "views", messages.is_sharegpt, messages.count_messages, messages.read_sharegpt),
+            Format("aligner_sft", "views", aligner.is_sft, aligner.count_sft, aligner.read_sft),
+            Format("aligner_rm", "pairs", aligner.is_rm, aligner.count_rm, aligner.read_rm, rows_per_item=2),
         )
     }
 )

@@ -31,18 +31,24 @@ def is_book(value: Any) -> bool:
 
 def count_book(value: Any) -> int:
     """Dialogue entries of all conversations of all plots."""
-    plots = [plot for plot in value["plots"] if isinstance(plot, dict)]
+    listed = value.get("plots") if isinstance(value, dict) else None
+    plots = [plot for plot in _list(listed) if isinstance(plot, dict)]
     conversations = [c for plot in plots for c in _list(plot.get("conversation")) if isinstance(c, dict)]
     return sum(fields.length(conversation.get("dialogues")) for conversation in conversations)
 
 
 def read_book(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
     """Every conversation of every plot. Plots from `split_plot_index` on are CoSER's own test plots."""
-    book = row.value
+    try:
+        book = fields.mapping(row.value, "a book")
+        plots = fields.field(book, "plots", list)
+    except Malformed as problem:
+        yield Rejected(row.place, problem.kind, str(problem), 0, row.value)
+        return
     name = options.book or _book_name(book, row.place)
     profiles = _book_profiles(book.get("character_datasets"))
     held_out_from = fields.optional_index(book, "split_plot_index")
-    for index, plot in enumerate(book["plots"]):
+    for index, plot in enumerate(plots):
         place = row.place.down("plots", index)
         if not isinstance(plot, dict):
             message = f"a plot is {fields.kind_of(plot)}, not an object"
@@ -100,15 +106,15 @@ def is_test_case(value: Any) -> bool:
 
 def count_test_case(value: Any) -> int:
     """Dialogue entries."""
-    return fields.length(value.get("dialogues"))
+    return fields.length(value.get("dialogues")) if isinstance(value, dict) else 0
 
 
 def read_test_case(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
     """One conversation, held out."""
-    case = row.value
     try:
-        plot = fields.mapping(case["plot"], "'plot'")
-        profiles = fields.mapping(case["character_profiles"], "'character_profiles'")
+        case = fields.mapping(row.value, "a test case")
+        plot = fields.field(case, "plot", dict)
+        profiles = fields.field(case, "character_profiles", dict)
         yield _conversation(
             case,
             source="coser_test",
@@ -121,7 +127,7 @@ def read_test_case(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejecte
             options=options,
         )
     except Malformed as problem:
-        yield rejected(row.place, problem, case)
+        yield rejected(row.place, problem, row.value)
 
 
 # ---------------------------------------------------------------- what both share
