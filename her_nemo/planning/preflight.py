@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from her_nemo.config.schema import (
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
+    IngestConfig,
+    InspectConfig,
     ModelConfig,
     ParallelModel,
     PpoConfig,
@@ -29,8 +30,7 @@ from her_nemo.config.schema import (
     SftConfig,
     StageConfig,
 )
-
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+from her_nemo.planning import data_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -53,6 +53,12 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _evaluation(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
+    if isinstance(config, IngestConfig):
+        problems += data_checks.ingest(config)
+    if isinstance(config, InspectConfig):
+        problems += data_checks.inspect(config)
+        if config.tokenizer is not None:
+            problems += _tokenizer("tokenizer", config.tokenizer)
     return problems
 
 
@@ -178,11 +184,6 @@ def _file(key: str, path: str) -> Iterator[Problem]:
         yield Problem(key, f"{path}: {what}", hint="give a JSON-lines file that exists")
     elif file.stat().st_size == 0:
         yield Problem(key, f"{path}: the file is empty")
-
-
-def is_dataset_name(path: str) -> bool:
-    """Whether `path`, at which nothing lies, may be a name for datasets.load_dataset: NAME or OWNER/NAME."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not path.endswith(DATA_SUFFIXES)
 
 
 def _tokenizer(key: str, path: str) -> Iterator[Problem]:

@@ -32,7 +32,17 @@ COLOURS: Mapping[Kind, str] = {
 }
 MASKED = "bright_black"
 COLUMN = 34  # characters a view needs to be readable
-FACTS = ("trace_id", "conversation_id", "source", "book", "character", "split", "turn_index", "history_turns", "has_plan")
+FACTS = (
+    "trace_id",
+    "conversation_id",
+    "source",
+    "book",
+    "character",
+    "split",
+    "turn_index",
+    "history_turns",
+    "has_plan",
+)
 
 
 def run(cfg: InspectConfig) -> int:

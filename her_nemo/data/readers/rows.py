@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from her_nemo.config.errors import UserError
-from her_nemo.planning.preflight import DATA_SUFFIXES, is_dataset_name
+from her_nemo.planning.data_checks import DATA_SUFFIXES, is_dataset_name
 
 Pointer = tuple[str | int, ...]
 
