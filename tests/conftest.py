@@ -33,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public sample data that the project does not contain; tests that use it are skipped where it is absent."""
+    given = os.environ.get("HER_NEMO_SHARED_DATA")
+    places = [Path(given)] if given else [ROOT.parent / "shared" / "data", Path("/work/shared/data")]
+    for place in places:
+        if place.is_dir():
+            return place
+    pytest.skip(f"no shared sample data in {' or '.join(map(str, places))}")
+
+
 @pytest.fixture
 def her_nemo(tmp_path: Path) -> CommandLine:
     """Runs `python -m her_nemo ARGUMENTS` in a scratch directory and returns what it did."""

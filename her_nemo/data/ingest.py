@@ -11,7 +11,8 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from her_nemo.config.errors import UserError
 from her_nemo.config.schema import IngestConfig
 from her_nemo.data import card as cards
 from her_nemo.data.quarantine import Ledger, Quarantine
-from her_nemo.data.readers import recognise
+from her_nemo.data.readers import recognise, unknown_format
+from her_nemo.data.readers.fields import check_texts
 from her_nemo.data.readers.items import Format, Item, ReadOptions, View
-from her_nemo.data.readers.rows import Place, RawRow, Rejected, raw_rows
+from her_nemo.data.readers.rows import Malformed, Place, RawRow, Rejected, raw_rows
 from her_nemo.data.records import (
     CONVERSATION_SCHEMA,
     PAIR_SCHEMA,
@@ -81,6 +83,17 @@ def ingest(cfg: IngestConfig) -> dict[str, Any]:
     folder = out.with_name(out.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    try:
+        card = _ingest_into(folder, cfg)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(folder, out)
+    return card
+
+
+def _ingest_into(folder: Path, cfg: IngestConfig) -> dict[str, Any]:
     with Quarantine(folder / "quarantine.jsonl") as quarantine:
         run = _Run(cfg, folder, quarantine)
         _first_pass(run)
@@ -89,14 +102,15 @@ def ingest(cfg: IngestConfig) -> dict[str, Any]:
         run.ledger.check(quarantine)
     if not figures.samples + figures.pairs + figures.conversations:
         shown = "".join(f"\n  {line}" for line in quarantine.shown)
-        raise UserError(f"{', '.join(_paths(cfg))}: nothing usable ({quarantine.items.total()} bad rows){shown}")
+        raise UserError(
+            f"{', '.join(_paths(cfg))}: nothing usable, {quarantine.items.total()} bad rows and "
+            f"{quarantine.turns.total()} bad turns{shown}"
+        )
     for name in ("conversations", "samples", "pairs"):
-        (folder / f"first_{name}.parquet").unlink(missing_ok=True)
+        (folder / f"first_{name}.parquet").unlink()
     card = _card(run, figures)
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(cards.markdown(card), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(folder, out)
     return card
 
 
@@ -130,7 +144,7 @@ def _first_pass(run: _Run) -> None:
                 run.quarantine.add(item)
                 continue
             run.ledger.items_in += 1
-            known = _settle_id(run, place, item)
+            known = _settle_id(run, place, item) if (bad := _bad_text(place, item)) is None else bad
             if isinstance(known, Rejected):
                 run.quarantine.add(known)
                 continue
@@ -168,25 +182,47 @@ def _items(run: _Run) -> Iterator[tuple[Place, Item | Rejected]]:
             assert format_ is not None
             run.ledger.turns_in += format_.count_turns(row.value)
             for item in format_.read(row, options):
-                yield (item.place if isinstance(item, Rejected) else row.place), item
+                yield (item.place, item) if isinstance(item, Rejected) else item
 
 
 def _with_format(
     rows: Iterable[RawRow | Rejected], source: str
 ) -> Iterator[tuple[Format | None, RawRow | Rejected]]:
-    """Each row with the format of its file, which the first rows of that file tell."""
-    stream = iter(tqdm(rows, disable=None, unit=" rows", desc="reading"))
-    format_: Format | None = None
-    current: str | None = None
-    for row in stream:
-        if row.place.file != current:
-            current, format_ = row.place.file, None
-        if format_ is None and isinstance(row, RawRow):
-            format_ = recognise(row, source)
+    """Each row with the format of its file. No format: no row of the file could be read."""
+    stream = tqdm(rows, disable=None, unit=" rows", desc="reading")
+    for _, file in groupby(stream, key=lambda row: row.place.file):
+        yield from _rows_of_one_file(file, source)
+
+
+def _rows_of_one_file(
+    rows: Iterator[RawRow | Rejected], source: str
+) -> Iterator[tuple[Format | None, RawRow | Rejected]]:
+    head, format_ = _peek(rows, source)
+    rest = chain(head, rows)
+    for row in rest:
         if format_ is not None and format_.rows_per_item == 2:
-            yield format_, _joined(row, next(stream, None))
+            yield format_, _joined(row, next(rest, None))
         else:
             yield format_, row
+
+
+def _peek(
+    rows: Iterator[RawRow | Rejected], source: str
+) -> tuple[list[RawRow | Rejected], Format | None]:
+    """Rows from the head of a file until one is recognised, and the format it is of. The first may be bad."""
+    head: list[RawRow | Rejected] = []
+    strange: list[RawRow] = []
+    for row in rows:
+        head.append(row)
+        if isinstance(row, RawRow):
+            if format_ := recognise(row.value, source):
+                return head, format_
+            strange.append(row)
+            if len(strange) == PEEK:
+                break
+    if strange:
+        raise unknown_format(strange[0], source)
+    return head, None
 
 
 def _joined(one: RawRow | Rejected, other: RawRow | Rejected | None) -> RawRow | Rejected:
@@ -199,6 +235,15 @@ def _joined(one: RawRow | Rejected, other: RawRow | Rejected | None) -> RawRow |
         return Rejected(one.place, "missing_partner", "the last chosen line has no rejected line", 0, values)
     assert isinstance(bad, Rejected)
     return replace(bad, message=f"{bad.message} (its partner is lost with it)", value=values)
+
+
+def _bad_text(place: Place, item: Item) -> Rejected | None:
+    """Whatever a reader took from wherever, no text of an item may break the files or forge a message's border."""
+    try:
+        check_texts(asdict(item))
+    except Malformed as problem:
+        return Rejected(place, problem.kind, str(problem), _turns_of(item), _id_of(item))
+    return None
 
 
 def _settle_id(run: _Run, place: Place, item: Item) -> Item | Rejected:
@@ -289,7 +334,7 @@ def _test_identities(cfg: IngestConfig) -> Iterator[Identity]:
                 # A test conversation that cannot be read could not be kept out of training.
                 raise UserError(f"test_set={cfg.test_set}: {item.place.where}: {item.kind}: {item.message}")
             found = True
-            yield identity_of(item)
+            yield identity_of(item[1])
     if not found:
         raise UserError(f"test_set={cfg.test_set}: no conversation in it")
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import InspectConfig
-from her_nemo.data.readers import recognise
+from her_nemo.data.readers import recognise, unknown_format
 from her_nemo.data.readers.items import ReadOptions, View
 from her_nemo.data.readers.own import is_own
 from her_nemo.data.readers.rows import RawRow, Rejected, raw_rows
@@ -91,14 +91,15 @@ def _items(path: Path) -> Iterator[dict[str, Any] | Rejected]:
 
 
 def _read(row: RawRow) -> Iterator[dict[str, Any] | Rejected]:
-    format_ = recognise(row, "auto")
-    if format_.rows_per_item == 2:
-        yield {"messages": [], **row.value}
-        return
-    for item in format_.read(row, ReadOptions()):
-        if isinstance(item, Rejected):
-            yield item
-        elif isinstance(item, View):
+    format_ = recognise(row.value, "auto")
+    if format_ is None or format_.rows_per_item == 2:
+        raise unknown_format(row, "auto")
+    for found in format_.read(row, ReadOptions()):
+        if isinstance(found, Rejected):
+            yield found
+            continue
+        _, item = found
+        if isinstance(item, View):
             yield {"messages": list(item.messages), "trace_id": item.original_trace_id, "character": item.character}
         else:
             yield item.to_row()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from her_nemo.config.errors import UserError
 from her_nemo.data.readers import aligner, coser, her, messages, own
@@ -40,20 +41,19 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def recognise(row: RawRow, source: str) -> Format:
-    """The format of `source` that a row is of.
-
-    Raises:
-        UserError: if it is of none; names the file and what was seen.
-    """
+def recognise(value: Any, source: str) -> Format | None:
+    """The format of `source` that a raw row's value is of; a `source` that is one format is believed."""
     names = FAMILIES[source]
     if len(names) == 1:
         return FORMATS[names[0]]
-    for name in names:
-        if FORMATS[name].looks_like(row.value):
-            return FORMATS[name]
+    return next((FORMATS[name] for name in names if FORMATS[name].looks_like(value)), None)
+
+
+def unknown_format(row: RawRow, source: str) -> UserError:
+    """What to say of a file of which no row is recognised."""
     value = row.value
     seen = f"keys {', '.join(map(repr, list(value)[:12]))}" if isinstance(value, dict) else f"a {type(value).__name__}"
-    raise UserError(
-        f"{row.place.file}: not a format that source={source} knows ({seen}); the formats are {', '.join(names)}"
+    return UserError(
+        f"{row.place.file}: not a format that source={source} knows ({seen}); the formats are "
+        + ", ".join(FAMILIES[source])
     )

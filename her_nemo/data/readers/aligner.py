@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from her_nemo.data.readers import fields
-from her_nemo.data.readers.items import Item, ReadOptions, View
+from her_nemo.data.readers.items import Read, ReadOptions, View
 from her_nemo.data.readers.messages import character_of
 from her_nemo.data.readers.rows import Malformed, RawRow, Rejected
 from her_nemo.data.records import Pair
@@ -48,7 +48,7 @@ def _masked(mask: Any) -> tuple[str, ...]:
     return tuple(name.strip().lower() for name in given if isinstance(name, str))
 
 
-def read_sft(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_sft(row: RawRow, options: ReadOptions) -> Read:
     """One view; every message that is not masked becomes a sample."""
     try:
         value = fields.mapping(row.value, "the row")
@@ -56,7 +56,7 @@ def read_sft(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
         number = row.place.pointer[-1] if row.place.pointer else (row.place.line or 1) - 1
         name = fields.optional_text(value, "trace_id", "id") or f"{Path(row.place.file).stem}_{number}"
         dialect = options.dialect or Dialect.HER
-        yield View(
+        yield row.place, View(
             original_trace_id=name,
             conversation_id=name,
             source="aligner_sft",
@@ -108,7 +108,7 @@ def count_rm(value: Any) -> int:
     return sum(isinstance(line, dict) and isinstance(line.get("text"), str) for line in value)
 
 
-def read_rm(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_rm(row: RawRow, options: ReadOptions) -> Read:
     """One pair from two lines: the first is chosen, the second rejected."""
     try:
         chosen, rejected = (_parsed(line, index) for index, line in enumerate(row.value))
@@ -120,7 +120,7 @@ def read_rm(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
             raise Malformed("identical_pair", "chosen and rejected are the same text")
         line = row.place.line or (int(row.place.pointer[-1]) + 1 if row.place.pointer else 1)
         name = f"{Path(row.place.file).stem}_{(line - 1) // 2}"
-        yield Pair(
+        yield row.place, Pair(
             trace_id=name,
             messages=tuple(chosen[:-1]),
             chosen=chosen[-1]["content"],

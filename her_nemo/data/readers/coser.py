@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from her_nemo.data.readers import fields
-from her_nemo.data.readers.items import Item, ReadOptions
+from her_nemo.data.readers.items import Read, ReadOptions
 from her_nemo.data.readers.rows import Malformed, Place, RawRow, Rejected
 from her_nemo.data.records import Character, Conversation, ConversationTurn
 from her_nemo.roleplay.dialects import Dialect, parse_message, to_her
@@ -37,7 +37,7 @@ def count_book(value: Any) -> int:
     return sum(fields.length(conversation.get("dialogues")) for conversation in conversations)
 
 
-def read_book(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_book(row: RawRow, options: ReadOptions) -> Read:
     """Every conversation of every plot. Plots from `split_plot_index` on are CoSER's own test plots."""
     try:
         book = fields.mapping(row.value, "a book")
@@ -62,7 +62,7 @@ def read_book(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
         for number, conversation in enumerate(conversations):
             where = place.down("conversation", number)
             try:
-                yield _conversation(
+                yield where, _conversation(
                     fields.mapping(conversation, "a conversation"),
                     source="coser",
                     book=name,
@@ -109,13 +109,13 @@ def count_test_case(value: Any) -> int:
     return fields.length(value.get("dialogues")) if isinstance(value, dict) else 0
 
 
-def read_test_case(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_test_case(row: RawRow, options: ReadOptions) -> Read:
     """One conversation, held out."""
     try:
         case = fields.mapping(row.value, "a test case")
         plot = fields.field(case, "plot", dict)
         profiles = fields.field(case, "character_profiles", dict)
-        yield _conversation(
+        yield row.place, _conversation(
             case,
             source="coser_test",
             book=options.book or fields.text(case, "book"),

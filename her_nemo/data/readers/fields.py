@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from her_nemo.data.readers.rows import Malformed
 from her_nemo.roleplay.prompt import CONTROL_TOKENS
 
+LARGEST = 2**31  # of an index; Parquet has them in 32 bits
 Wanted = TypeVar("Wanted")
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 
@@ -27,6 +28,8 @@ def field(row: Mapping[str, Any], key: str, wanted: type[Wanted], what: str = ""
     value = row[key]
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise Malformed("wrong_type", f"{name!r} is {kind_of(value)}, not {_NAMES[wanted]}")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise Malformed("wrong_type", f"{name!r} is {value}, too large a number")
     return value
 
 
@@ -40,7 +43,7 @@ def optional_text(row: Mapping[str, Any], *keys: str) -> str:
     for key in keys:
         value = row.get(key)
         if isinstance(value, str) and value.strip():
-            return checked(value, key)
+            return value
     return ""
 
 
@@ -48,7 +51,7 @@ def optional_index(row: Mapping[str, Any], *keys: str) -> int | None:
     """The first of `keys` that holds a whole number."""
     for key in keys:
         value = row.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
             return value
     return None
 
@@ -63,6 +66,22 @@ def checked(value: str, where: str) -> str:
         if token in value:
             raise Malformed("control_token", f"{where} contains {token}, which ends or begins a message")
     return value
+
+
+def check_texts(value: Any, where: str = "") -> None:
+    """`checked` for every text inside a value, wherever it stands.
+
+    Raises:
+        Malformed: at the first that is not fit to be written.
+    """
+    if isinstance(value, str):
+        checked(value, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_texts(item, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_texts(item, f"{where}[{index}]")
 
 
 def length(value: Any) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from her_nemo.data.readers import fields
 from her_nemo.data.readers.coser import Cast, rejected, trace_id, turn_of
-from her_nemo.data.readers.items import Item, ReadOptions, View
+from her_nemo.data.readers.items import Read, ReadOptions, View
 from her_nemo.data.readers.messages import (
     assistant_indices,
     character_of,
@@ -42,7 +42,7 @@ def count_full(value: Any) -> int:
     return sum(fields.length(c.get("dialogues")) for c in conversations if isinstance(c, dict))
 
 
-def read_full(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_full(row: RawRow, options: ReadOptions) -> Read:
     """The conversations of one row (HER has one a row).
 
     `training_samples` is not read: it holds the same turns again as each character saw them, and is built anew.
@@ -59,7 +59,7 @@ def read_full(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
     for number, conversation in enumerate(conversations):
         where = row.place.down("conversation", number)
         try:
-            yield _full_conversation(
+            yield where, _full_conversation(
                 full,
                 fields.mapping(conversation, "a conversation"),
                 datasets,
@@ -148,9 +148,11 @@ def _profiles(datasets: Mapping[str, Any]) -> dict[str, str]:
 
 def _characters(conversation: Mapping[str, Any], datasets: Mapping[str, Any]) -> list[Character]:
     """The characters with a dataset of their own (HER trains these), motivation from there or from the conversation."""
+    listed = conversation.get("key_characters")
+    listed = listed if isinstance(listed, list) else []
     motivations = {
         normalise_name(entry["name"]): fields.optional_text(entry, "motivation", "thought")
-        for entry in conversation.get("key_characters") or []
+        for entry in listed
         if isinstance(entry, dict) and isinstance(entry.get("name"), str)
     }
     profiles = _profiles(datasets)
@@ -183,12 +185,12 @@ def is_multi(value: Any) -> bool:
     return isinstance(content, str) and content.startswith("You are ") and "'s Profile===" in content
 
 
-def read_single(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_single(row: RawRow, options: ReadOptions) -> Read:
     """One view, of which the last assistant message is trained; those before it are rows of their own."""
     try:
         value = fields.mapping(row.value, "the row")
         original = fields.text(value, "original_trace_id")
-        yield _view(
+        yield row.place, _view(
             value,
             row.place,
             options,
@@ -201,12 +203,12 @@ def read_single(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
         yield rejected_view(row, problem)
 
 
-def read_multi(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_multi(row: RawRow, options: ReadOptions) -> Read:
     """One view; only its last reply has a plan, so by default only that becomes a sample."""
     try:
         value = fields.mapping(row.value, "the row")
         original = fields.text(value, "trace_id")
-        yield _view(value, row.place, options, source="her_multi_turn", original=original)
+        yield row.place, _view(value, row.place, options, source="her_multi_turn", original=original)
     except Malformed as problem:
         yield rejected_view(row, problem)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from her_nemo.data.readers.rows import RawRow, Rejected
+from her_nemo.data.readers.rows import Place, RawRow, Rejected
 from her_nemo.data.records import Conversation, Pair
 from her_nemo.roleplay.dialects import Dialect
 from her_nemo.roleplay.prompt import Message
@@ -50,6 +50,7 @@ class View:
 
 
 Item = Conversation | View | Pair
+Read = Iterator[tuple[Place, Item] | Rejected]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Format:
     Attributes:
         looks_like: whether a raw row is of this format.
         count_turns: the turns of a raw row (replies, for pairs), counted without reading it.
-        read: the items of a raw row. Raises nothing: what is wrong is yielded as `Rejected`.
+        read: the items of a raw row with their places. Raises nothing: what is wrong is yielded as `Rejected`.
         rows_per_item: 2 where two lines make one item.
     """
 
@@ -67,5 +68,5 @@ class Format:
     kind: Kind
     looks_like: Callable[[Any], bool]
     count_turns: Callable[[Any], int]
-    read: Callable[[RawRow, ReadOptions], Iterator[Item | Rejected]]
+    read: Callable[[RawRow, ReadOptions], Read]
     rows_per_item: int = 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from her_nemo.data.readers import fields
-from her_nemo.data.readers.items import Item, ReadOptions, View
+from her_nemo.data.readers.items import Read, ReadOptions, View
 from her_nemo.data.readers.rows import Malformed, Place, RawRow, Rejected
 from her_nemo.roleplay.dialects import Dialect
 from her_nemo.roleplay.names import normalise_name
@@ -47,13 +47,13 @@ def count_messages(value: Any) -> int:
     return sum(isinstance(role, str) and ROLES.get(role.lower()) == "assistant" for role in roles)
 
 
-def read_messages(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_messages(row: RawRow, options: ReadOptions) -> Read:
     """One view. Every reply becomes a sample (where some have plans: those that have one)."""
     try:
         value = fields.mapping(row.value, "the row")
         messages = checked_messages(value, "messages")
         name = options.character or fields.optional_text(value, "character", "name") or None
-        yield _view_of(value, messages, row.place, options, "messages", name, Dialect.HER)
+        yield row.place, _view_of(value, messages, row.place, options, "messages", name, Dialect.HER)
     except Malformed as problem:
         yield rejected_view(row, problem)
 
@@ -69,13 +69,14 @@ def is_sharegpt(value: Any) -> bool:
     return isinstance(turns[0].get("from"), str) and turns[0]["from"].lower() in ROLES
 
 
-def read_sharegpt(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_sharegpt(row: RawRow, options: ReadOptions) -> Read:
     """One view of one scene by one character, or by the Environment, in CoSER's dialect."""
     try:
         value = fields.mapping(row.value, "the row")
         messages = checked_messages(value, "conversations", role="from", content="value")
-        seen = _view_of(value, messages, row.place, options, "coser_sharegpt", options.character, Dialect.COSER)
-        yield seen
+        name = options.character
+        seen = _view_of(value, messages, row.place, options, "coser_sharegpt", name, Dialect.COSER)
+        yield row.place, seen
     except Malformed as problem:
         yield rejected_view(row, problem)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from her_nemo.data.readers import fields
-from her_nemo.data.readers.items import Item, ReadOptions
+from her_nemo.data.readers.items import Read, ReadOptions
 from her_nemo.data.readers.rows import RawRow, Rejected
 from her_nemo.data.records import Conversation
 from her_nemo.roleplay.turn import Defect, parse_turn
@@ -25,7 +24,7 @@ def count_own(value: Any) -> int:
     return fields.length(value.get("turns")) if isinstance(value, dict) else 0
 
 
-def read_own(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
+def read_own(row: RawRow, options: ReadOptions) -> Read:
     """The conversation, with the defects of its turns found anew: synthesis has changed the texts."""
     try:
         empty = dict.fromkeys(("plot_index", "conversation_index"))
@@ -46,7 +45,7 @@ def read_own(row: RawRow, options: ReadOptions) -> Iterator[Item | Rejected]:
             )
             for turn in conversation.turns
         )
-        yield replace(conversation, turns=turns, book=options.book or conversation.book, split=None)
+        yield row.place, replace(conversation, turns=turns, book=options.book or conversation.book, split=None)
     except (KeyError, TypeError, AttributeError) as error:
         message = f"not a conversation: {type(error).__name__}: {error}"
         yield Rejected(row.place, "not_a_conversation", message, count_own(row.value), row.value)
