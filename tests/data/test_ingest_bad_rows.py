@@ -227,7 +227,7 @@ def card_of(file: Path, source: str) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("source", SEEDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 4))
 def test_whatever_comes_in_the_ledger_balances(source: str, seed: int, count: int) -> None:
     rng = random.Random(seed)
