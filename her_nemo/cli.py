@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from her_nemo import __version__, launch
-from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.errors import ConfigErrors, Problem, UserError, spoken
 from her_nemo.config.schema import STAGES, StageConfig
 
 SUMMARIES = {
@@ -22,6 +22,8 @@ SUMMARIES = {
     "ppo": "PPO against the reward model",
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
     "evaluate": "replies from vLLM on held-out prompts, scored",
+    "data_ingest": "conversations of any known format -> Parquet, splits, data card",
+    "data_inspect": "one row in colour: segments, masks, every reader's view",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 
@@ -55,13 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        stages = "\n".join(f"  {stage:9} {SUMMARIES[stage]}" for stage in STAGES)
+        stages = "\n".join(f"  {spoken(stage):15} {SUMMARIES[stage]}" for stage in STAGES)
         print(USAGE.format(stages=stages), end="")
         return 0
     if words[0] in ("-V", "--version"):
         print(f"her-nemo {__version__}")
         return 0
     stage, rest = words[0], words[1:]
+    if stage == "data":
+        from her_nemo.stages import data
+
+        stage, rest = data.parse(rest)
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
@@ -69,7 +75,7 @@ def _dispatch(words: list[str]) -> int:
     processes = _processes(config)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch.run(words, processes)
-    module = importlib.import_module(f"her_nemo.stages.{stage}")
+    module = importlib.import_module(f"her_nemo.stages.{words[0]}")
     return module.run(config) or 0
 
 
@@ -131,7 +137,7 @@ def _keys(stage: str) -> str:
     """One line per key of a stage: name, default, what it is for."""
     from her_nemo.config.compose import known_keys, subsection
 
-    lines = [f"her-nemo {stage}: {SUMMARIES[stage]}", ""]
+    lines = [f"her-nemo {spoken(stage)}: {SUMMARIES[stage]}", ""]
     for key, info in known_keys(STAGES[stage]):
         if subsection(info.annotation) is None:
             default = "(required)" if info.is_required() else f"= {info.default!r}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from her_nemo.config.errors import spoken
 from her_nemo.config.schema import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def test_help_and_version(her_nemo) -> None:
         done = her_nemo(*words)
         assert done.returncode == 0
         for stage in STAGES:
-            assert f"  {stage} " in done.stdout
+            assert f"  {spoken(stage)} " in done.stdout
     assert her_nemo("--version").stdout == "her-nemo 0.1.0\n"
     done = her_nemo("ppo", "--help")
     assert done.returncode == 0

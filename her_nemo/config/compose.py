@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
+from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest, spoken
 from her_nemo.config.problems import from_validation
 from her_nemo.config.schema import STAGES, StageConfig
 
@@ -81,7 +81,7 @@ def load(
         raise UserError(
             f"no stage named {stage!r}: "
             + (f"did you mean {close!r}? " if close else "")
-            + f"stages: {', '.join(STAGES)}"
+            + f"stages: {', '.join(map(spoken, STAGES))}"
         )
     schema = STAGES[stage]
     roots, name = _roots(config_dir), config_name or stage

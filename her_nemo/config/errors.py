@@ -30,6 +30,11 @@ class Problem:
         return f"{subject}{self.message}{place}{hint}"
 
 
+def spoken(stage: str) -> str:
+    """A stage's name as it is typed: `data_ingest` is `data ingest`."""
+    return stage.replace("_", " ")
+
+
 class ConfigErrors(UserError):
     """Every problem of one configuration, reported in one go.
 
@@ -44,7 +49,7 @@ class ConfigErrors(UserError):
         count = len(self.problems)
         title = f"{count} problem{'' if count == 1 else 's'} in the configuration"
         if stage:
-            title += f" of `{stage}`"
+            title += f" of `{spoken(stage)}`"
         lines = [f"  {index}. {problem}" for index, problem in enumerate(self.problems, start=1)]
         super().__init__("\n".join([title + ":", *lines]))
 

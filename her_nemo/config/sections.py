@@ -214,3 +214,16 @@ class PretrainedCheckpoint(Section):
     restore_from_path: str = required(
         "A Hugging Face directory, or one of our Megatron checkpoint directories."
     )
+
+
+# ---------------------------------------------------------------- data ingest
+
+
+class Shares(Section):
+    """`shares.*` of data ingest: HER's five purposes. They add up to 1; the defaults are HER's."""
+
+    roleplay_sft: Fraction = knob(0.33, "Supervised fine-tuning of the role-play model.")
+    rm_sft: Fraction = knob(0.34, "Supervised fine-tuning of the reward model.")
+    rm_rl: Fraction = knob(0.25, "Reinforcement learning of the reward model.")
+    roleplay_rl: Fraction = knob(0.08, "Reinforcement learning of the role-play model: prompts.")
+    test: Fraction = knob(0.0, "For testing, beside what the source or test_set hold out.")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from her_nemo.data.patterns import entropy_bits
 from her_nemo.roleplay.turn import Kind, Turn, parse_turn
 from her_nemo.roleplay.views import Reader, view
 
@@ -132,13 +133,6 @@ def leaks(turn: Turn, secrets: Sequence[str] = ()) -> bool:
     thoughts = [_words(segment.text) for segment in turn.segments if segment.kind.private]
     hidden = [text for text in thoughts if len(text) >= VERBATIM_WORDS] + [_words(word) for word in secrets]
     return any(_contains(visible, text) for text in hidden)
-
-
-def entropy_bits(counts: Counter[str]) -> float:
-    """Shannon entropy of the distribution that `counts` describe, in bits."""
-    total = sum(counts.values())
-    # The sum can come out as -0.0.
-    return abs(sum(n / total * math.log2(n / total) for n in counts.values()))
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:

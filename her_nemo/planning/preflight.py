@@ -21,6 +21,8 @@ from her_nemo.config.schema import (
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
+    IngestConfig,
+    InspectConfig,
     ModelConfig,
     ParallelModel,
     PpoConfig,
@@ -28,6 +30,7 @@ from her_nemo.config.schema import (
     SftConfig,
     StageConfig,
 )
+from her_nemo.planning import data_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -50,6 +53,12 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _evaluation(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
+    if isinstance(config, IngestConfig):
+        problems += data_checks.ingest(config)
+    if isinstance(config, InspectConfig):
+        problems += data_checks.inspect(config)
+        if config.tokenizer is not None:
+            problems += _tokenizer("tokenizer", config.tokenizer)
     return problems
 
 

@@ -16,6 +16,8 @@ GIVEN = {
     "export": ["checkpoint=/run", "out=/hf"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
     "demo": [],
+    "data_ingest": ["path=/book.json", "out=/data"],
+    "data_inspect": ["path=/samples.parquet"],
 }
 GIVEN["reward"] = GIVEN["sft"]
 GIVEN["ppo"] = [*GIVEN["sft"], "reward.restore_from_path=/reward"]

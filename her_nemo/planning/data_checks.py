@@ -1,0 +1,90 @@
+"""What can be known to fail before `her-nemo data` reads anything: paths, shares, names of defects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from her_nemo.config.errors import Problem, nearest
+from her_nemo.config.schema import IngestConfig, InspectConfig
+from her_nemo.roleplay.turn import Defect
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+_SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
+
+
+def is_dataset_name(path: str) -> bool:
+    """Whether `path`, at which nothing lies, may be a name for datasets.load_dataset: NAME or OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not path.endswith(DATA_SUFFIXES)
+
+
+def ingest(config: IngestConfig) -> Iterator[Problem]:
+    """Problems of `data ingest`."""
+    paths = [config.path] if isinstance(config.path, str) else config.path
+    if not paths:
+        yield Problem("path", "no path in the list", hint="give a file, a directory or a datasets name")
+    for path in paths:
+        yield from source("path", path)
+    if config.test_set is not None:
+        yield from source("test_set", config.test_set)
+    named = any(not Path(path).exists() and is_dataset_name(path) for path in paths)
+    for key in ("dataset_config", "dataset_split"):
+        if getattr(config, key) is not None and paths and not named:
+            yield Problem(key, "has an effect with a datasets name only", hint=f"leave {key} out")
+    yield from _out(config.out, paths)
+    shares = config.shares.model_dump()
+    total = sum(shares.values())
+    if abs(total - 1) > 1e-6:
+        parts = " + ".join(f"{share:g}" for share in shares.values())
+        yield Problem("shares", f"{parts} = {total:g}, not 1", hint="make the five shares add up to 1")
+    known = [defect.value for defect in Defect]
+    for defect in config.allow_defects:
+        if defect not in known:
+            close = nearest(defect, known)
+            hint = f"did you mean {close}?" if close else f"they are {', '.join(known)}"
+            yield Problem("allow_defects", f"no defect named {defect!r}", hint=hint)
+
+
+def inspect(config: InspectConfig) -> Iterator[Problem]:
+    """Problems of `data inspect`."""
+    if Path(config.path).is_dir():
+        hint = "name a file in it, e.g. samples.parquet"
+        yield Problem("path", f"{config.path}: is a directory", hint=hint)
+    else:
+        yield from _file("path", config.path)
+
+
+def source(key: str, path: str) -> Iterator[Problem]:
+    """Something to read: a data file, a directory of them, or a datasets name."""
+    place = Path(path)
+    if place.is_dir():
+        saved = any((place / name).is_file() for name in _SAVED_DATASET)
+        if not saved and not any(file.suffix in DATA_SUFFIXES for file in place.iterdir()):
+            yield Problem(key, f"{path}: no data files here", hint=f"they end in {', '.join(DATA_SUFFIXES)}")
+    elif place.exists() or not is_dataset_name(path):
+        yield from _file(key, path)
+
+
+def _file(key: str, path: str) -> Iterator[Problem]:
+    file = Path(path)
+    if not file.is_file():
+        yield Problem(key, f"{path}: no such file", hint="give a file that exists")
+    elif file.suffix not in DATA_SUFFIXES:
+        yield Problem(key, f"{path}: not a data file", hint=f"they end in {', '.join(DATA_SUFFIXES)}")
+    elif file.stat().st_size == 0:
+        yield Problem(key, f"{path}: the file is empty")
+
+
+def _out(out: str, paths: list[str]) -> Iterator[Problem]:
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        text = f"{out}: is a file, but a directory is to be written here"
+        yield Problem("out", text, hint="give another path")
+        return
+    here = folder.resolve()
+    for path in paths:
+        place = Path(path).resolve()
+        if place.exists() and (place == here or here in place.parents):
+            text = f"{path} lies in {out}, which is replaced by what is read from it"
+            yield Problem("out", text, hint="give another directory")
