@@ -2,6 +2,9 @@
 
 Prompt and reply are encoded separately, as in serving, where the engine is given the prompt's ids and
 generates the reply's: so the tokens that are trained on and the tokens that are served are the same.
+
+The samples of one conversation repeat its system prompt and history. A control token ends what the tokenizer
+looks at, so a prompt's ids are its messages' ids end to end: each message is encoded once and remembered.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import AutoTokenizer
 
 from her_nemo.config.errors import UserError
@@ -30,7 +34,15 @@ KIND_CODES: Mapping[Kind, int] = {
 }
 KIND_NAMES: Mapping[int, str] = {code: kind.value for kind, code in KIND_CODES.items()}
 
-MESSAGE_END, TEXT_END = "<|im_end|>", "<|endoftext|>"
+MESSAGE_START, MESSAGE_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+REMEMBERED = 4_000_000  # tokens of messages kept for the next rows; then all are forgotten
+PROBE: tuple[Message, ...] = (
+    {"role": "system", "content": " You are\nAda.  "},
+    {"role": "user", "content": "'s \u00e9 e\u0301\n\nB: 12"},
+    {"role": "assistant", "content": "\nAda: yes "},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "Odo: <b>no"},
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,8 @@ class Tokeniser:
         """Loads from a local directory only.
 
         Raises:
-            UserError: if there is no fast tokenizer there, or it lacks Qwen's ChatML tokens.
+            UserError: if there is no fast tokenizer there, it lacks Qwen's ChatML tokens, or it encodes a message
+                differently for what stands before it.
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
@@ -88,16 +101,70 @@ class Tokeniser:
         if not self.hf.is_fast:
             raise UserError(f"{self.directory}: not a fast tokenizer; offsets are needed for the layer masks")
         vocabulary = self.hf.get_vocab()
-        missing = [t for t in ("<|im_start|>", MESSAGE_END, TEXT_END) if t not in vocabulary]
+        missing = [t for t in (MESSAGE_START, MESSAGE_END, TEXT_END) if t not in vocabulary]
         if missing:
             raise UserError(f"{self.directory}: tokenizer without {', '.join(missing)}; Qwen3's has them")
         self.hf.chat_template = CHAT_TEMPLATE
         self.eos_id: int = vocabulary[MESSAGE_END]
         self.pad_id: int = vocabulary[TEXT_END]
         self.vocab_size: int = max(vocabulary.values()) + 1
+        self.backend = self.hf.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._start, self._end = [vocabulary[MESSAGE_START]], [self.eos_id, *self._plain("\n")]
+        self._opening = np.array([*self._start, *self._plain("assistant\n")], dtype=np.int32)
+        self._messages: dict[tuple[str, str], NDArray[np.int32]] = {}
+        self._replies: dict[str, tuple[NDArray[np.int32], NDArray[np.int8]]] = {}
+        self._remembered = 0
+        if self.joined_prompt_ids(PROBE).tolist() != self.prompt_ids(PROBE):
+            raise UserError(
+                f"{self.directory}: this tokenizer encodes a message differently for what stands before it; Qwen3's, "
+                "byte-level with <|im_start|> and <|im_end|> as special tokens, does not"
+            )
+
+    def _plain(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def prefetch(self, messages: Iterable[Message], replies: Iterable[str] = ()) -> None:
+        """Encode messages and replies that will be asked for, each once and all together (parallel inside
+        `tokenizers` unless TOKENIZERS_PARALLELISM is false)."""
+        if self._remembered > REMEMBERED:
+            self._messages.clear()
+            self._remembered = 0
+        self._replies.clear()
+        new = list(dict.fromkeys((m["role"], m["content"]) for m in messages))
+        new = [key for key in new if key not in self._messages]
+        found = self.backend.encode_batch_fast(
+            [f"{role}\n{content}" for role, content in new], add_special_tokens=False
+        )
+        for key, encoding in zip(new, found, strict=True):
+            self._remember(key, encoding.ids)
+        texts = list(dict.fromkeys(replies))
+        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
+            self._replies[text] = self._with_kinds(text, encoding)
+
+    def _remember(self, key: tuple[str, str], ids: Sequence[int]) -> NDArray[np.int32]:
+        whole = np.array([*self._start, *ids, *self._end], dtype=np.int32)
+        self._messages[key] = whole
+        self._remembered += len(whole)
+        return whole
+
+    def message_ids(self, message: Message) -> NDArray[np.int32]:
+        """One message as the chat template writes it, from <|im_start|> to the line break after <|im_end|>."""
+        key = (message["role"], message["content"])
+        known = self._messages.get(key)
+        return self._remember(key, self._plain("\n".join(key))) if known is None else known
+
+    def joined_prompt_ids(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+        """`prompt_ids`, put together from remembered messages: the same ids (tested), some ten times as fast."""
+        return np.concatenate([*map(self.message_ids, messages), self._opening])
+
+    def joined_prompt_length(self, messages: Sequence[Message]) -> int:
+        """Tokens of `joined_prompt_ids`."""
+        return sum(len(self.message_ids(message)) for message in messages) + len(self._opening)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt as it is served: chat template and generation prompt."""
+        """The prompt as it is served: chat template and generation prompt. The reference for the joined one."""
         encoded = self.hf.apply_chat_template(
             list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
         )
@@ -107,16 +174,22 @@ class Tokeniser:
         """A reply with the <|im_end|> that ends it."""
         return [*self.hf.encode(text, add_special_tokens=False), self.eos_id]
 
-    def reply_with_kinds(self, text: str) -> tuple[list[int], NDArray[np.int8]]:
+    def reply_with_kinds(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """`reply_ids` and the segment kind of each token.
 
         A token that reaches over a border (`>King`) has the kind of its last character. Tags belong to their
         segment; the name prefix and <|im_end|> are speech.
         """
-        encoded = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        by_char = char_kinds(text)
-        kinds = [by_char[max(end - 1, start)] if text else SPEECH for start, end in encoded["offset_mapping"]]
-        return [*encoded["input_ids"], self.eos_id], np.array([*kinds, SPEECH], dtype=np.int8)
+        known = self._replies.get(text)
+        return known or self._with_kinds(text, self.backend.encode(text, add_special_tokens=False))
+
+    def _with_kinds(self, text: str, encoding: Encoding) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        ids = np.array([*encoding.ids, self.eos_id], dtype=np.int32)
+        kinds = np.full(len(ids), SPEECH, dtype=np.int8)
+        if len(ids) > 1:
+            start, end = np.array(encoding.offsets, dtype=np.int64).T
+            kinds[:-1] = char_kinds(text)[np.maximum(end - 1, start)]
+        return ids, kinds
 
     def kinds_of(self, ids: Sequence[int]) -> list[int]:
         """The segment kind of each token of a reply that was generated, not encoded: its ids may not be the ones
@@ -186,19 +259,18 @@ def _fit(
     needed = 0
     dropped = 0
     while (shorter := drop_oldest_turns(messages, dropped)) is not None:
-        ids = tokeniser.prompt_ids(shorter)
-        needed = len(ids) + reply_length
+        needed = tokeniser.joined_prompt_length(shorter) + reply_length
         if needed <= max_length:
-            return Prompt(trace_id, np.array(ids, dtype=np.int32), dropped)
+            return Prompt(trace_id, tokeniser.joined_prompt_ids(shorter), dropped)
         dropped += 1
     return Dropped(trace_id, "prompt_too_long", needed, max_length)
 
 
-def _join(prompt: Prompt, reply: Sequence[int], kinds: NDArray[np.int8]) -> Sample:
+def _join(prompt: Prompt, reply: NDArray[np.int32], kinds: NDArray[np.int8]) -> Sample:
     none = np.full(len(prompt), KIND_NONE, dtype=np.int8)
     return Sample(
         trace_id=prompt.trace_id,
-        token_ids=np.concatenate([prompt.token_ids, np.array(reply, dtype=np.int32)]),
+        token_ids=np.concatenate([prompt.token_ids, reply]),
         prompt_length=len(prompt),
         kinds=np.concatenate([none, kinds]),
         turns_dropped=prompt.turns_dropped,
@@ -212,6 +284,15 @@ class EncodeReport:
     kept: int = 0
     shortened: int = 0  # kept, without their oldest turns
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    longest: int = 0  # tokens that the longest dropped row needs
+
+    def require_rows(self, max_length: int) -> None:
+        """Raise UserError if nothing was kept."""
+        if not self.kept:
+            raise UserError(
+                f"no row fits in {max_length} tokens ({self}; the longest needs {self.longest}): "
+                "raise model.encoder_seq_length"
+            )
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
@@ -221,36 +302,63 @@ class EncodeReport:
         )
 
 
+    def add(self, other: EncodeReport) -> None:
+        """Count other rows of the same file."""
+        self.kept += other.kept
+        self.shortened += other.shortened
+        self.dropped.update(other.dropped)
+        self.longest = max(self.longest, other.longest)
+
+
 Encoded = TypeVar("Encoded")
 Encoder = Callable[[Tokeniser, Mapping[str, Any], int], Encoded | Dropped]
 
 
-def encode_all(
-    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], max_length: int
+def encode_rows(
+    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Sequence[Mapping[str, Any]], max_length: int
 ) -> tuple[list[Encoded], EncodeReport]:
-    """All rows through `encode_sample`, `encode_pair` or `encode_prompt`, with the count of what was lost.
-
-    Raises:
-        UserError: if no row is left.
-    """
+    """Rows through `encode_sample`, `encode_pair` or `encode_prompt`, with the count of what was lost."""
+    tokeniser.prefetch(*texts_to_encode(rows))
     report = EncodeReport()
     kept: list[Encoded] = []
-    longest = 0
     for row in rows:
         encoded = encoder(tokeniser, row, max_length)
         if isinstance(encoded, Dropped):
             report.dropped[encoded.reason] += 1
-            longest = max(longest, encoded.needed)
+            report.longest = max(report.longest, encoded.needed)
             continue
         kept.append(encoded)
         first = encoded[0] if isinstance(encoded, tuple) else encoded
         report.shortened += bool(first.turns_dropped)
     report.kept = len(kept)
-    if not kept:
-        raise UserError(
-            f"no row fits in {max_length} tokens ({report}; the longest needs {longest}): "
-            "raise model.encoder_seq_length"
-        )
+    return kept, report
+
+
+def texts_to_encode(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[str]]:
+    """(messages of the prompts, replies) of rows of any kind."""
+    messages: list[Message] = []
+    replies: list[str] = []
+    for row in rows:
+        prompt = row["messages"]
+        if "chosen" in row:
+            replies += [row["chosen"], row["rejected"]]
+        elif prompt[-1]["role"] == "assistant":
+            prompt, reply = prompt[:-1], prompt[-1]["content"]
+            replies.append(reply)
+        messages += prompt
+    return messages, replies
+
+
+def encode_all(
+    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], max_length: int
+) -> tuple[list[Encoded], EncodeReport]:
+    """All rows in memory at once; files go through `token_cache`.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    kept, report = encode_rows(encoder, tokeniser, list(rows), max_length)
+    report.require_rows(max_length)
     return kept, report
 
 
