@@ -162,13 +162,13 @@ class OptimConfig(Section):
 class Dataset(Section):
     """One data file."""
 
-    file_path: str = required("A JSON-lines file; docs/data.md has the schema each stage reads.")
+    file_path: str = required("A JSON-lines or Parquet file; docs/data.md has the schema each stage reads.")
 
 
 class OptionalDataset(Section):
     """A data file a stage can do without."""
 
-    file_path: str | None = knob(None, "A JSON-lines file; null turns validation off.")
+    file_path: str | None = knob(None, "A JSON-lines or Parquet file; null turns validation off.")
 
 
 class Data(Section):
@@ -178,6 +178,12 @@ class Data(Section):
     validation_ds: OptionalDataset = OptionalDataset()
     skip_malformed: bool = knob(False, "Skip and count malformed lines in place of stopping at them.")
     shuffle: bool = knob(True, "Shuffle the training data anew each epoch, by model.seed.")
+    cache_dir: str | None = knob(
+        None, "Where encoded files are kept, for other runs too; null: cache/ in the run directory."
+    )
+    num_workers: NonNegativeInt | None = knob(
+        None, "Processes that encode a file; null: one a core for files over 8 MiB, else none."
+    )
 
 
 class Tokenizer(Section):

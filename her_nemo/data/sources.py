@@ -136,7 +136,7 @@ def spans(path: str | Path, size: int = 256) -> list[Span]:
     first, start, position, number = 1, 0, 0, 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007
+            for number, line in enumerate(file, start=1):
                 position += len(line)
                 if number % size == 0:
                     found.append(Span(first, start, position))

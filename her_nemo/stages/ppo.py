@@ -7,7 +7,8 @@ model stay frozen. Schulman et al. 2017 (arXiv 1707.06347), with the per-token K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from her_nemo.algorithms.ppo_loss import policy_loss, value_loss
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import Prompt, Tokeniser, encode_prompt
+from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.megatron.qwen3 import Model
@@ -38,7 +39,7 @@ def run(cfg: PpoConfig) -> int:
     ppo, model = cfg.trainer.ppo, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        prompts, held_out = load_prompts(cfg, tokeniser)
+        prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
         last = ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, reward_model = build_models(cfg, here, last)
         engine = MegatronEngine(
@@ -89,18 +90,20 @@ def run(cfg: PpoConfig) -> int:
     return 0
 
 
-def load_prompts(cfg: PpoConfig, tokeniser: Tokeniser) -> tuple[list[Prompt], list[Prompt]]:
+def load_prompts(
+    cfg: PpoConfig, tokeniser: Tokeniser, run_dir: Path
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """The prompts to train on and those to validate on (the head of the file; none if that is off).
 
     Raises:
         UserError: fewer validation prompts than replicas.
     """
     model, room = cfg.model, cfg.model.encoder_seq_length - cfg.model.ppo.length_params.max_length
-    train = load_rows(encode_prompt, tokeniser, model.data.train_ds.file_path, "prompts", model, room)
+    train = load_rows("prompts", tokeniser, model.data.train_ds.file_path, model, room, run_dir)
     path, wanted = model.data.validation_ds.file_path, model.ppo.num_val_samples
     if path is None or wanted == 0:
         return train, []
-    held_out = load_rows(encode_prompt, tokeniser, path, "prompts", model, room)[:wanted]
+    held_out = load_rows("prompts", tokeniser, path, model, room, run_dir)[:wanted]
     if len(held_out) < parallel.data_size():
         raise UserError(
             f"{path}: {len(held_out)} validation prompts for {parallel.data_size()} replicas; give at least one "

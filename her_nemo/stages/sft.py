@@ -8,7 +8,7 @@ import torch
 from her_nemo.algorithms.sft_loss import masked_nll
 from her_nemo.config.schema import SftConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import KIND_NAMES, Tokeniser, encode_sample
+from her_nemo.data.tokenise import KIND_NAMES, Tokeniser
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.training.learner import Learner, MicroBatch
 from her_nemo.training.loop import forever, load_rows, my_micro_batches, total_steps, validate
@@ -19,14 +19,10 @@ def run(cfg: SftConfig) -> int:
     loop, model = cfg.trainer.sft, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        train = load_rows(
-            encode_sample, tokeniser, model.data.train_ds.file_path, "sft", model, model.encoder_seq_length
-        )
-        valid_path = model.data.validation_ds.file_path
+        length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
+        train = load_rows("sft", tokeniser, model.data.train_ds.file_path, model, length, here.directory)
         valid = (
-            load_rows(encode_sample, tokeniser, valid_path, "sft", model, model.encoder_seq_length)
-            if valid_path
-            else []
+            load_rows("sft", tokeniser, valid_path, model, length, here.directory) if valid_path else []
         )
         order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
         last = total_steps(loop, len(order))

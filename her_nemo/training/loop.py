@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from her_nemo.config.schema import ModelConfig
 from her_nemo.config.sections import Loop
+from her_nemo.data import token_cache
 from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
-from her_nemo.data.sources import read_jsonl
-from her_nemo.data.tokenise import Encoded, Encoder, Sample, Tokeniser, encode_all
+from her_nemo.data.sources import RowKind
+from her_nemo.data.token_store import TokenStore
+from her_nemo.data.tokenise import Sample, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch
 
@@ -18,15 +22,29 @@ Rows = Sequence[Sample] | Sequence[tuple[Sample, Sample]]
 
 
 def load_rows(
-    encoder: Encoder[Encoded], tokeniser: Tokeniser, path: str, kind: str, cfg: ModelConfig, max_length: int
-) -> list[Encoded]:
-    """Read and encode one file; the main rank says what was lost on the way."""
-    rows, malformed = read_jsonl(path, kind, cfg.data.skip_malformed)
-    encoded, report = encode_all(encoder, tokeniser, rows, max_length)
+    kind: RowKind, tokeniser: Tokeniser, path: str, cfg: ModelConfig, max_length: int, run_dir: Path
+) -> TokenStore[Any]:
+    """The encoded rows of one file, through the token cache (collective): the main rank encodes what is not there yet
+    and says what was lost on the way, every rank reads.
+
+    Raises:
+        UserError: on every rank, for whatever is wrong with the file or the cache.
+    """
+    cache_dir = cfg.data.cache_dir or run_dir / "cache"
+
+    def encode(alive: Callable[[], None]) -> str:
+        entry = token_cache.prepare(
+            path, kind, tokeniser, max_length, cache_dir, workers=cfg.data.num_workers, tick=alive
+        )
+        return str(entry)
+
+    entry = Path(parallel.on_main(encode))
+    rows: TokenStore[Any] = token_cache.load(entry, path, max_length, cfg.data.skip_malformed)
     if parallel.is_main():
-        skipped = f", {malformed.total} malformed lines skipped" if malformed.total else ""
-        print(f"{path}: {report}{skipped}", flush=True)
-    return encoded
+        bad = rows.malformed.total
+        skipped = f", {bad} malformed lines skipped" if bad else ""
+        print(f"{path}: {rows.report}{skipped}; {int(rows.lengths.sum())} tokens in {entry}", flush=True)
+    return rows
 
 
 def forever(order: GlobalBatchSampler) -> Iterator[np.ndarray]:
