@@ -17,9 +17,11 @@ from her_nemo.config.sections import (
     PretrainedCheckpoint,
     RewardTrainer,
     Section,
+    SftData,
     SftTrainer,
     Tokenizer,
     Trainer,
+    WeightedData,
     knob,
     required,
 )
@@ -97,6 +99,12 @@ class ModelConfig(ParallelModel):
     optim: OptimConfig = OptimConfig()
 
 
+class SftModel(ModelConfig):
+    """`model.*` of SFT."""
+
+    data: SftData
+
+
 # ---------------------------------------------------------------- PPO
 
 
@@ -135,6 +143,7 @@ class PpoParams(Section):
 class PpoModel(ModelConfig):
     """`model.*` of PPO: the actor. The critic and the reward model share its layout and batch sizes."""
 
+    data: WeightedData
     ppo: PpoParams = PpoParams()
 
 
@@ -171,7 +180,7 @@ class SftConfig(StageConfig):
     """`her-nemo sft`."""
 
     trainer: SftTrainer = SftTrainer()
-    model: ModelConfig
+    model: SftModel
     pretrained_checkpoint: PretrainedCheckpoint
     exp_manager: ExpManager
 

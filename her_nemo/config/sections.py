@@ -16,6 +16,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    model_validator,
 )
 
 
@@ -183,6 +184,36 @@ class Data(Section):
     )
     num_workers: NonNegativeInt | None = knob(
         None, "Processes that encode a file; null: one a core for files over 8 MiB, else none."
+    )
+
+
+class LayerWeights(Section):
+    """`model.data.layer_weights.*`: how much a token of each segment kind counts in the loss, next to the others."""
+
+    system_thinking: NonNegativeFloat = knob(1.0, "Weight of the plan's tokens.")
+    role_thinking: NonNegativeFloat = knob(1.0, "Weight of tokens of inner thought.")
+    role_action: NonNegativeFloat = knob(1.0, "Weight of tokens of action.")
+    speech: NonNegativeFloat = knob(1.0, "Weight of speech, the name prefix and <|im_end|>.")
+
+    @model_validator(mode="after")
+    def _some_kind_counts(self) -> LayerWeights:
+        if not any(self.model_dump().values()):
+            raise ValueError("every weight is 0: nothing would be trained")
+        return self
+
+
+class WeightedData(Data):
+    """`model.data.*` of PPO."""
+
+    layer_weights: LayerWeights = LayerWeights()
+
+
+class SftData(WeightedData):
+    """`model.data.*` of SFT."""
+
+    packing: bool = knob(
+        False,
+        "Put several samples in a row, attention kept apart; a row holds micro_batch_size x encoder_seq_length tokens.",
     )
 
 

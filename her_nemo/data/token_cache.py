@@ -183,7 +183,7 @@ def _encode(job: Job, tokeniser: Tokeniser, processes: int, tick: Tick) -> list[
     files = [job.parts / f"{number:07d}.npz" for number in range(len(todo))]
     missing = [(file, span) for file, span in zip(files, todo, strict=True) if not file.is_file()]
     with tqdm(
-        total=len(files), initial=len(files) - len(missing), desc=f"tokens of {job.path.name}", unit="span", disable=None
+        total=len(files), initial=len(files) - len(missing), desc=job.path.name, unit="span", disable=None
     ) as bar:
 
         def advance(spans_done: int) -> None:

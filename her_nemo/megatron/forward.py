@@ -49,7 +49,8 @@ def forward_backward(
 
     Every micro-batch holds `tokens_BS` (int64, padded on the right), optionally `attention_mask` (bool, True where
     attention is not allowed, [B, 1, S, S]), and whatever `loss_fn(outputs, micro_batch)` reads. It returns
-    (loss_sum, count, metrics): the sum to differentiate, how many tokens it covers, and sums to report. All ranks
+    (loss_sum, count, metrics): the sum to differentiate, how many tokens it covers (or the sum of their weights, which
+    need not be whole), and sums to report. All ranks
     of one replica pass the same micro-batches, all of one shape; every rank passes the same number of them.
     Returns the detached metrics of each micro-batch plus `loss_sum` and `count`, on every rank of the replica,
     not summed over replicas. Gradients are reduced and ready for `optimizer.step()`.
@@ -57,9 +58,11 @@ def forward_backward(
     if not model.trainable:
         raise ValueError("forward_backward needs a model built with trainable=True")
     _clear_gradients(model)
-    return _run(
+    reports = _run(
         model, micro_batches, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=False
     )
+    _divide_exactly(model, reports)
+    return reports
 
 
 @torch.no_grad()
@@ -152,6 +155,20 @@ def assert_finite(loss_sum: torch.Tensor | float, step: int) -> None:
     if parallel.any_rank(not mine):
         where = f"on this rank: {float(loss_sum)}" if not mine else "on another rank"
         raise FloatingPointError(f"step {step}: the loss is not finite ({where}). Stopped before the update.")
+
+
+def _whole(count: torch.Tensor) -> torch.Tensor:
+    """The count that megatron-core gets: it knows integers only."""
+    return count.double().ceil()
+
+
+def _divide_exactly(model: Model, reports: list[dict[str, torch.Tensor]]) -> None:
+    """megatron-core has divided the gradients by the sum of whole counts; make it the sum of the counts."""
+    pairs = [torch.stack([report["count"].double(), _whole(report["count"])]) for report in reports]
+    exact, whole = parallel.data_all_reduce(torch.stack(pairs).sum(0)).tolist()
+    if exact not in (0.0, whole):
+        for chunk in model.chunks:
+            chunk.scale_gradients(whole / exact)
 
 
 def _clear_gradients(model: Model) -> None:
@@ -258,7 +275,7 @@ def _loss_step(
     # The schedule scales the loss in place in some configurations: report a copy.
     report = {name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()}
     report |= {"loss_sum": loss_sum.detach().clone(), "count": count.detach().clone()}
-    return loss_sum, count.to(torch.int), report
+    return loss_sum, _whole(count).to(torch.int), report
 
 
 def _collect_step(

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from her_nemo.config.schema import ModelConfig
-from her_nemo.config.sections import Loop
+from her_nemo.config.sections import LayerWeights, Loop
 from her_nemo.data import token_cache
 from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
 from her_nemo.data.sources import RowKind
 from her_nemo.data.token_store import TokenStore
-from her_nemo.data.tokenise import Sample, Tokeniser
+from her_nemo.data.tokenise import KIND_NAMES, Sample, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch
 
@@ -45,6 +46,11 @@ def load_rows(
         skipped = f", {bad} malformed lines skipped" if bad else ""
         print(f"{path}: {rows.report}{skipped}; {int(rows.lengths.sum())} tokens in {entry}", flush=True)
     return rows
+
+
+def kind_weights(weights: LayerWeights) -> torch.Tensor:
+    """`model.data.layer_weights` as [K] for `masking.weigh_kinds`; tokens without a kind (plain text) weigh 1."""
+    return torch.tensor([1.0, *(getattr(weights, KIND_NAMES[code]) for code in sorted(KIND_NAMES))])
 
 
 def forever(order: GlobalBatchSampler) -> Iterator[np.ndarray]:
