@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from her_nemo.algorithms import advantages, kl
-from her_nemo.algorithms.masking import masked, weigh_kinds
+from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.megatron import forward, parallel, platform
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.rewards.scalar import score_at_last_token
@@ -122,7 +122,7 @@ def estimate_advantages(
     """
     kl_BT = kl.k1(experience.old_log_probs_BT, experience.ref_log_probs_BT)
     if weights_K is not None:
-        kl_BT = weigh_kinds(masked(kl_BT, experience.mask_BT), experience.kinds_BT, weights_K)
+        kl_BT = kl_BT * weigh_kinds(experience.mask_BT, experience.kinds_BT, weights_K)
     experience.rewards_BT = kl.rewards_with_kl(experience.scores_B, kl_BT, experience.mask_BT, kl_penalty)
     experience.advantages_BT, experience.returns_BT = advantages.gae(
         experience.rewards_BT, experience.values_BT, experience.mask_BT, discount, gae_lambda

@@ -13,6 +13,7 @@ from her_nemo.config.schema import ModelConfig
 from her_nemo.config.sections import LayerWeights, Loop
 from her_nemo.data import token_cache
 from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
+from her_nemo.data.packing import packed_micro_batches
 from her_nemo.data.sources import RowKind
 from her_nemo.data.token_store import TokenStore
 from her_nemo.data.tokenise import KIND_NAMES, Sample, Tokeniser
@@ -68,15 +69,14 @@ def total_steps(loop: Loop, steps_per_epoch: int) -> int:
 def my_micro_batches(
     rows: Rows, indices: np.ndarray, cfg: ModelConfig, tokeniser: Tokeniser
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of the global batch `indices`."""
-    return step_micro_batches(
-        rows,
-        indices,
-        dp_rank=parallel.data_rank(),
-        dp_size=parallel.data_size(),
-        micro_batch_size=cfg.micro_batch_size,
-        pad_id=tokeniser.pad_id,
-    )
+    """This replica's micro-batches of the global batch `indices`; packed rows if `model.data.packing` says so."""
+    share: dict[str, int] = {
+        "dp_rank": parallel.data_rank(), "dp_size": parallel.data_size(), "pad_id": tokeniser.pad_id
+    }  # fmt: skip
+    if getattr(cfg.data, "packing", False):
+        capacity = cfg.micro_batch_size * cfg.encoder_seq_length
+        return packed_micro_batches(rows, indices, capacity=capacity, **share)
+    return step_micro_batches(rows, indices, micro_batch_size=cfg.micro_batch_size, **share)
 
 
 def validate(
