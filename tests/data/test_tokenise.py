@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from her_nemo.config.errors import UserError
@@ -15,7 +19,7 @@ from her_nemo.data import tokenise
 from her_nemo.data.sources import read_jsonl
 from her_nemo.data.tokenise import Dropped, Prompt, Sample, Tokeniser, encode_all, encode_pair, encode_sample
 from her_nemo.data.tokenizer import train_tokenizer
-from her_nemo.roleplay.prompt import CONVERSATION_START
+from her_nemo.roleplay.prompt import CONTROL_TOKENS, CONVERSATION_START
 
 HER = Path(__file__).resolve().parents[3] / "shared/data/her"
 REPLY = (
@@ -72,6 +76,46 @@ def test_prompt_is_what_is_served(tokeniser: Tokeniser) -> None:
             messages, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
         )
         assert list(again) == ids
+
+
+MARKS = "aeiou \n\r\t'sS:.,<>/|12\u00e9e\u0301\u732b\u200d\U0001f600"
+TEXT = st.text(st.sampled_from(MARKS) | st.characters(), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(contents=st.lists(TEXT, min_size=1, max_size=6))
+def test_joined_prompt_is_the_prompt(tokeniser: Tokeniser, contents: list[str]) -> None:
+    roles = itertools.chain(["system"], itertools.cycle(["user", "assistant", "assistant"]))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    assume(not any(token in text for text in contents for token in CONTROL_TOKENS))
+    assume(all(text.encode("utf-8", "replace").decode() == text for text in contents))
+    expected = tokeniser.prompt_ids(messages)
+    assert tokeniser.joined_prompt_ids(messages).tolist() == expected
+    assert tokeniser.joined_prompt_length(messages) == len(expected)
+
+
+def test_prefetched_rows_are_encoded_the_same(tokeniser: Tokeniser) -> None:
+    rows = [row(turns, REPLY + str(turns)) for turns in (1, 2, 3, 3)]
+    rows.append({"trace_id": "p", "messages": row()["messages"][:-1], "chosen": REPLY, "rejected": "Ada: No."})
+    fresh = Tokeniser(tokeniser.directory)
+    fresh.prefetch(*tokenise.texts_to_encode(rows))
+    for one in rows[:-1]:
+        a, b = (encode_sample(t, one, 200) for t in (fresh, Tokeniser(tokeniser.directory)))
+        assert (a.token_ids.tolist(), a.kinds.tolist()) == (b.token_ids.tolist(), b.kinds.tolist())
+    a, b = (encode_pair(t, rows[-1], 200) for t in (fresh, Tokeniser(tokeniser.directory)))
+    assert [s.token_ids.tolist() for s in a] == [s.token_ids.tolist() for s in b]
+
+
+def test_a_tokenizer_that_looks_beyond_a_message_is_refused(tokeniser: Tokeniser, tmp_path: Path) -> None:
+    shutil.copytree(tokeniser.directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        # <|im_end|> that swallows the line break after it
+        token["rstrip"] = token["content"] == "<|im_end|>"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="differently for what stands before it"):
+        Tokeniser(tmp_path)
 
 
 def test_our_template_wins(tokeniser: Tokeniser, tmp_path: Path) -> None:
