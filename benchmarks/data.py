@@ -159,7 +159,7 @@ def hugging_face(path: Path, tokenizer: Path, length: int, processes: int, work:
 
 
 def trl_pack(table: Any, length: int) -> Any:
-    """TRL's `pack_dataset(strategy="bfd")` on one Arrow table: cut to `length`, best fit decreasing, take, new offsets."""
+    """What TRL's `pack_dataset(strategy="bfd")` does to an Arrow table: cut, best fit decreasing, take, new offsets."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -204,12 +204,12 @@ def compare(name: str, path: Path, tokenizer: Path, options: argparse.Namespace,
         }
         seconds: dict[str, list[float]] = {way: [] for way in [*ways, "ours, again"]}
         tokens: dict[str, int] = {}
+        work = scratch / "work"
         for _ in range(options.runs):
             for way, run in ways.items():
-                work = scratch / "work"
-                tokens[way] = timed(lambda run=run, work=work: run(work), seconds[way])
+                tokens[way] = timed(run, work, seconds[way])
                 if way == "ours":
-                    tokens["ours, again"] = timed(lambda work=work: ours(*common, work), seconds["ours, again"])
+                    tokens["ours, again"] = timed(run, work, seconds["ours, again"])
                 shutil.rmtree(work)
         speed = {way: tokens[way] / statistics.median(times) for way, times in seconds.items()}
         for way in seconds:
@@ -225,9 +225,9 @@ def compare(name: str, path: Path, tokenizer: Path, options: argparse.Namespace,
     return {"corpus": name, "megabytes": size, "length": options.length, "ways": table}
 
 
-def timed(run: Callable[[], int], seconds: list[float]) -> int:
+def timed(run: Callable[[Path], int], work: Path, seconds: list[float]) -> int:
     begin = time.perf_counter()
-    tokens = run()
+    tokens = run(work)
     seconds.append(time.perf_counter() - begin)
     return tokens
 

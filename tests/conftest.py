@@ -33,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of public sample data (CoSER, HER, Role-Play Bench); the test is skipped where there is none."""
+    places = [
+        os.environ.get("HER_NEMO_SHARED_DATA", ""),
+        ROOT.parent / "shared" / "data",
+        "/work/shared/data",
+    ]
+    for place in map(Path, filter(None, places)):
+        if (place / "coser").is_dir():
+            return place
+    pytest.skip("no shared sample data: set HER_NEMO_SHARED_DATA")
+
+
 @pytest.fixture
 def her_nemo(tmp_path: Path) -> CommandLine:
     """Runs `python -m her_nemo ARGUMENTS` in a scratch directory and returns what it did."""
