@@ -21,12 +21,13 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_bonus: float = 0.0,
     weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """The clipped policy loss, summed over the reply tokens.
 
         ratio_t = exp(log p(t) - log p_old(t))
-        loss = - sum_t w_t min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
-               - entropy_bonus * sum_t H_t
+        loss = - sum_t v_t w_t min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
+               - entropy_bonus * sum_t v_t H_t,    token_count = sum_t v_t
 
     `clip_low` and `clip_high` apart: Yu et al., "DAPO" (2025).
 
@@ -35,10 +36,11 @@ def policy_loss(
         old_log_probs, advantages: [B, T] constants of the rollout.
         mask: [B, T] 1 on reply tokens.
         entropy: [B, T] entropy of the policy in nats; needed when `entropy_bonus` is not 0.
-        weights: [B, T] importance weights (importance.py), constants.
+        weights: [B, T] importance weights w (importance.py), constants: in the sum, not in the count.
+        token_weights: [B, T] weights v of the mean over tokens (masking.weigh_kinds), 1 if not given.
 
     Returns:
-        (loss_sum, token_count, stats). stats has sums over the reply tokens: `ratio_sum`,
+        (loss_sum, token_count, stats). stats has plain sums over the reply tokens: `tokens`, `ratio_sum`,
         `clipped_ratio_sum`, `clip_fraction_sum` (tokens whose gradient the clip took away), `approx_kl_sum`
         (k3 of old to new) and `entropy_sum` where entropy is given.
 
@@ -56,20 +58,22 @@ def policy_loss(
     objective = torch.minimum(plain, bounded)
     if weights is not None:
         objective = objective * masked(weights.detach(), mask)
-    loss = -objective.sum()
+    worth = masked(torch.ones_like(objective) if token_weights is None else token_weights.detach(), mask)
+    loss = -(objective * worth).sum()
     with torch.no_grad():
         stats = {
+            "tokens": count(mask),
             "ratio_sum": masked(ratio, mask).sum(),
             "clipped_ratio_sum": masked(clipped, mask).sum(),
             "clip_fraction_sum": masked((bounded < plain).to(ratio.dtype), mask).sum(),
             "approx_kl_sum": masked(torch.expm1(log_ratio) - log_ratio, mask).sum(),
         }
     if entropy is not None:
-        kept = masked(entropy, mask).sum()
-        stats["entropy_sum"] = kept.detach()
+        kept = masked(entropy, mask)
+        stats["entropy_sum"] = kept.detach().sum()
         if entropy_bonus:
-            loss = loss - entropy_bonus * kept
-    return loss, count(mask), stats
+            loss = loss - entropy_bonus * (kept * worth).sum()
+    return loss, worth.sum(), stats
 
 
 def value_loss(

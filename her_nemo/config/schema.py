@@ -17,10 +17,12 @@ from her_nemo.config.sections import (
     PretrainedCheckpoint,
     RewardTrainer,
     Section,
+    SftData,
     SftTrainer,
     Shares,
     Tokenizer,
     Trainer,
+    WeightedData,
     knob,
     required,
 )
@@ -98,6 +100,12 @@ class ModelConfig(ParallelModel):
     optim: OptimConfig = OptimConfig()
 
 
+class SftModel(ModelConfig):
+    """`model.*` of SFT."""
+
+    data: SftData
+
+
 # ---------------------------------------------------------------- PPO
 
 
@@ -136,6 +144,7 @@ class PpoParams(Section):
 class PpoModel(ModelConfig):
     """`model.*` of PPO: the actor. The critic and the reward model share its layout and batch sizes."""
 
+    data: WeightedData
     ppo: PpoParams = PpoParams()
 
 
@@ -172,7 +181,7 @@ class SftConfig(StageConfig):
     """`her-nemo sft`."""
 
     trainer: SftTrainer = SftTrainer()
-    model: ModelConfig
+    model: SftModel
     pretrained_checkpoint: PretrainedCheckpoint
     exp_manager: ExpManager
 

@@ -16,6 +16,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    model_validator,
 )
 
 
@@ -162,13 +163,13 @@ class OptimConfig(Section):
 class Dataset(Section):
     """One data file."""
 
-    file_path: str = required("A JSON-lines file; docs/data.md has the schema each stage reads.")
+    file_path: str = required("A JSON-lines or Parquet file; docs/data.md has the schema each stage reads.")
 
 
 class OptionalDataset(Section):
     """A data file a stage can do without."""
 
-    file_path: str | None = knob(None, "A JSON-lines file; null turns validation off.")
+    file_path: str | None = knob(None, "A JSON-lines or Parquet file; null turns validation off.")
 
 
 class Data(Section):
@@ -178,6 +179,42 @@ class Data(Section):
     validation_ds: OptionalDataset = OptionalDataset()
     skip_malformed: bool = knob(False, "Skip and count malformed lines in place of stopping at them.")
     shuffle: bool = knob(True, "Shuffle the training data anew each epoch, by model.seed.")
+    cache_dir: str | None = knob(
+        None, "Where encoded files are kept, for other runs too; null: cache/ in the run directory."
+    )
+    num_workers: NonNegativeInt | None = knob(
+        None, "Processes that encode a file; null: one a core for files over 8 MiB, else none."
+    )
+
+
+class LayerWeights(Section):
+    """`model.data.layer_weights.*`: how much a token of each segment kind counts in the loss, next to the others."""
+
+    system_thinking: NonNegativeFloat = knob(1.0, "Weight of the plan's tokens.")
+    role_thinking: NonNegativeFloat = knob(1.0, "Weight of tokens of inner thought.")
+    role_action: NonNegativeFloat = knob(1.0, "Weight of tokens of action.")
+    speech: NonNegativeFloat = knob(1.0, "Weight of speech, the name prefix and <|im_end|>.")
+
+    @model_validator(mode="after")
+    def _some_kind_counts(self) -> LayerWeights:
+        if not any(self.model_dump().values()):
+            raise ValueError("every weight is 0: nothing would be trained")
+        return self
+
+
+class WeightedData(Data):
+    """`model.data.*` of PPO."""
+
+    layer_weights: LayerWeights = LayerWeights()
+
+
+class SftData(WeightedData):
+    """`model.data.*` of SFT."""
+
+    packing: bool = knob(
+        False,
+        "Put several samples in a row, attention kept apart; a row holds micro_batch_size x encoder_seq_length tokens.",
+    )
 
 
 class Tokenizer(Section):

@@ -1,15 +1,17 @@
-"""Reading rows from JSON Lines, and saying exactly which lines are bad.
+"""Reading rows from JSON Lines or Parquet, and saying exactly which are bad.
 
 Every row is checked before anything is trained. By default one bad line stops the run with an error that
-names file, line and problem; with `skip_malformed` bad lines are left out and counted by kind.
+names file, line and problem; with `skip_malformed` bad lines are left out and counted by kind. A file is read
+in spans of consecutive rows, so that several processes can share one.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -50,40 +52,62 @@ class MalformedReport:
             f" ({by_kind})" if by_kind else ""
         )
 
+    def add(self, other: MalformedReport) -> None:
+        """Count what was found further down the same file."""
+        self.lines += other.lines
+        self.kinds.update(other.kinds)
+        self.problems += other.problems[: SHOWN - len(self.problems)]
 
-def read_jsonl(
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of a file. `first` is the number of the first line (or Parquet row), from 1."""
+
+    first: int
+    start: int  # JSON Lines: bytes [start, stop); Parquet: rows [start, stop)
+    stop: int
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Whether `path` is read as Parquet (by its suffix); all else is JSON Lines."""
+    return Path(path).suffix == ".parquet"
+
+
+def read_rows(
     path: str | Path, kind: RowKind, skip_malformed: bool = False
 ) -> tuple[list[Row], MalformedReport]:
     """All good rows of a file, in order, and the report on the bad ones.
 
     Args:
-        path: a UTF-8 file with one JSON object a line. Blank lines are passed over.
+        path: UTF-8 with one JSON object a line (blank lines are passed over), or `.parquet` with the same keys
+            as columns.
         kind: sft (`messages` ends with the reply), pairs (`messages` ends with a user message; `chosen`,
             `rejected`), prompts (`messages` ends with a user message) or text (`text`).
         skip_malformed: leave bad lines out instead of stopping.
 
     Raises:
         UserError: if the file cannot be read, if a line is bad and `skip_malformed` is off (all problems in
-        one
-            error, the first 20 written out), or if no good row is left.
+            one error, the first 20 written out), or if no good row is left.
     """
-    path = Path(path)
-    report = MalformedReport(path)
+    report = MalformedReport(Path(path))
     rows: list[Row] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                report.lines += 1
-                try:
-                    rows.append(parse_row(line, kind))
-                except _BadRow as problem:
-                    report.kinds[problem.kind] += 1
-                    if len(report.problems) < SHOWN:
-                        report.problems.append(f"{path}:{number}: {problem.kind}: {problem}")
-    except OSError as error:
-        raise UserError(f"cannot read data file {path}: {error.strerror or error}") from error
+    for span in spans(path):
+        found, seen = read_span(path, kind, span)
+        rows += found
+        report.add(seen)
+    conclude(report, kind, skip_malformed)
+    return rows, report
+
+
+def read_jsonl(
+    path: str | Path, kind: RowKind, skip_malformed: bool = False
+) -> tuple[list[Row], MalformedReport]:
+    """`read_rows`, under the name of the format that most files have."""
+    return read_rows(path, kind, skip_malformed)
+
+
+def conclude(report: MalformedReport, kind: RowKind, skip_malformed: bool) -> None:
+    """Stop at what a finished report says, if it has to be stopped at: see `read_rows`."""
     if report.total and not skip_malformed:
         more = report.total - len(report.problems)
         raise UserError(
@@ -92,13 +116,120 @@ def read_jsonl(
             + (f"\n  ... and {more} more" if more else "")
             + "\nMend these lines, or set model.data.skip_malformed=true to leave them out."
         )
-    if not rows:
-        raise UserError(f"{path}: no usable {kind} rows ({report.lines} lines, {report.total} malformed)")
+    if report.total == report.lines:
+        raise UserError(
+            f"{report.path}: no usable {kind} rows ({report.lines} lines, {report.total} malformed)"
+        )
+
+
+def spans(path: str | Path, size: int = 256) -> list[Span]:
+    """The file cut into runs of `size` rows (the last is shorter). They depend on the file and `size` alone.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    path = Path(path)
+    if is_parquet(path):
+        count = _parquet(path, _version(path)).metadata.num_rows
+        return [Span(start + 1, start, min(start + size, count)) for start in range(0, count, size)]
+    found: list[Span] = []
+    first, start, position, number = 1, 0, 0, 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                position += len(line)
+                if number % size == 0:
+                    found.append(Span(first, start, position))
+                    first, start = number + 1, position
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if position > start:
+        found.append(Span(first, start, position))
+    return found
+
+
+def read_span(path: str | Path, kind: RowKind, span: Span) -> tuple[list[Row], MalformedReport]:
+    """The good rows of one span and the report on its bad ones, without stopping at those.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    path = Path(path)
+    report = MalformedReport(path)
+    rows: list[Row] = []
+    for number, read in _parquet_rows(path, span) if is_parquet(path) else _lines(path, span):
+        report.lines += 1
+        try:
+            row = read()
+            _CHECKS[kind](row)
+            rows.append(row)
+        except _BadRow as problem:
+            report.kinds[problem.kind] += 1
+            if len(report.problems) < SHOWN:
+                report.problems.append(f"{path}:{number}: {problem.kind}: {problem}")
     return rows, report
 
 
-def parse_row(line: bytes, kind: RowKind) -> Row:
-    """One line as a checked row. Raises _BadRow."""
+def _lines(path: Path, span: Span) -> Iterator[tuple[int, Callable[[], Row]]]:
+    try:
+        with path.open("rb") as file:
+            file.seek(span.start)
+            block = file.read(span.stop - span.start)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    for number, line in enumerate(_split_lines(block), start=span.first):
+        if line.strip():
+            yield number, lambda line=line: _json_object(line)
+
+
+def _split_lines(block: bytes) -> Iterable[bytes]:
+    # bytes.splitlines would also cut at a lone carriage return, which a file opened in binary does not.
+    return block.split(b"\n")
+
+
+def _parquet_rows(path: Path, span: Span) -> Iterator[tuple[int, Callable[[], Row]]]:
+    file = _parquet(path, _version(path))
+    begin = 0
+    for group in range(file.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if begin < span.stop and end > span.start:
+            low, high = max(span.start, begin), min(span.stop, end)
+            rows = _row_group(path, _version(path), group).slice(low - begin, high - low).to_pylist()
+            for number, row in enumerate(rows, start=low + 1):
+                yield number, lambda row=row: row
+        begin = end
+
+
+def _version(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+@lru_cache(maxsize=4)
+def _parquet(path: Path, _: int) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read data file {path} as Parquet: {error}") from error
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: Path, version: int, group: int) -> Any:
+    """A row group holds many spans: the last two are kept."""
+    return _parquet(path, version).read_row_group(group)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read data file {path}: {error.strerror or error}")
+
+
+def _json_object(line: bytes) -> Row:
+    """One line as a row, not yet checked. Raises _BadRow."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,7 +242,6 @@ def parse_row(line: bytes, kind: RowKind) -> Row:
         raise _BadRow("invalid_json", f"not JSON: {what}{where}") from None
     if not isinstance(row, dict):
         raise _BadRow("not_an_object", f"a JSON {type(row).__name__}, not an object")
-    _CHECKS[kind](row)
     return row
 
 

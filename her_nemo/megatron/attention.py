@@ -6,6 +6,7 @@ attention (grouped queries, causal or with an explicit mask) and an RMSNorm that
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class RmsNorm(torch.nn.Module):
 class SdpaAttention(MegatronModule):
     """Core attention through torch's scaled_dot_product_attention.
 
+    Packed sequences (megatron-core's "thd" layout) are attended one by one, each causally: the cost is the sum of
+    their squares, and nothing crosses a border.
+
     An explicit mask is boolean, broadcastable to [B, heads, Sq, Sk], True where attention is NOT allowed
     (megatron-core's convention), and complete: causality must be in it. Without one, attention is causal, or full
     when megatron-core says so (one new token against a cache).
@@ -79,9 +83,16 @@ class SdpaAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [Sq, B, heads, D], key and value [Sk, B, groups, D] -> [Sq, B, heads * D]."""
-        if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("SdpaAttention takes a boolean mask, not a bias or packed sequences")
+        """query [Sq, B, heads, D], key and value [Sk, B, groups, D] -> [Sq, B, heads * D].
+
+        Packed: query [T, heads, D], key and value [T, groups, D] -> [T, heads * D].
+        """
+        if attention_bias is not None:
+            raise NotImplementedError("SdpaAttention takes a boolean mask, not a bias")
+        if packed_seq_params is not None:
+            if attention_mask is not None:
+                raise NotImplementedError("SdpaAttention takes packed sequences or a mask, not both")
+            return self._packed(query, key, value, packed_seq_params)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         length, batch = query.shape[0], query.shape[1]
         mask = None if attention_mask is None else ~attention_mask
@@ -102,6 +113,28 @@ class SdpaAttention(MegatronModule):
             enable_gqa=self.grouped,
         )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        borders = packed.cu_seqlens_q.tolist()
+        if borders[-1] != query.shape[0]:
+            raise ValueError(f"packed sequences end at {borders[-1]}, the row at {query.shape[0]}")
+        lengths = [end - begin for begin, end in pairwise(borders)]
+        parts = [
+            F.scaled_dot_product_attention(
+                q.transpose(0, 1).unsqueeze(0),
+                k.transpose(0, 1).unsqueeze(0),
+                v.transpose(0, 1).unsqueeze(0),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=self.grouped,
+            )
+            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
+        context = torch.cat(parts, dim=2)  # [1, heads, T, D]
+        return context[0].transpose(0, 1).reshape(query.shape[0], -1)
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -48,8 +49,10 @@ def forward_backward(
     """Accumulate gradients of sum(loss_sum) / sum(count), over all micro-batches and data-parallel ranks.
 
     Every micro-batch holds `tokens_BS` (int64, padded on the right), optionally `attention_mask` (bool, True where
-    attention is not allowed, [B, 1, S, S]), and whatever `loss_fn(outputs, micro_batch)` reads. It returns
-    (loss_sum, count, metrics): the sum to differentiate, how many tokens it covers, and sums to report. All ranks
+    attention is not allowed, [B, 1, S, S]) or `cu_seqlens` (int32, B is then 1: borders of packed sequences, from 0 to
+    S), and whatever `loss_fn(outputs, micro_batch)` reads. It returns
+    (loss_sum, count, metrics): the sum to differentiate, how many tokens it covers (or the sum of their weights, which
+    need not be whole), and sums to report. All ranks
     of one replica pass the same micro-batches, all of one shape; every rank passes the same number of them.
     Returns the detached metrics of each micro-batch plus `loss_sum` and `count`, on every rank of the replica,
     not summed over replicas. Gradients are reduced and ready for `optimizer.step()`.
@@ -57,9 +60,11 @@ def forward_backward(
     if not model.trainable:
         raise ValueError("forward_backward needs a model built with trainable=True")
     _clear_gradients(model)
-    return _run(
+    reports = _run(
         model, micro_batches, partial(_loss_step, loss_fn), with_entropy, temperature, forward_only=False
     )
+    _divide_exactly(model, reports)
+    return reports
 
 
 @torch.no_grad()
@@ -154,6 +159,20 @@ def assert_finite(loss_sum: torch.Tensor | float, step: int) -> None:
         raise FloatingPointError(f"step {step}: the loss is not finite ({where}). Stopped before the update.")
 
 
+def _whole(count: torch.Tensor) -> torch.Tensor:
+    """The count that megatron-core gets: it knows integers only."""
+    return count.double().ceil()
+
+
+def _divide_exactly(model: Model, reports: list[dict[str, torch.Tensor]]) -> None:
+    """megatron-core has divided the gradients by the sum of whole counts; make it the sum of the counts."""
+    pairs = [torch.stack([report["count"].double(), _whole(report["count"])]) for report in reports]
+    exact, whole = parallel.data_all_reduce(torch.stack(pairs).sum(0)).tolist()
+    if exact not in (0.0, whole):
+        for chunk in model.chunks:
+            chunk.scale_gradients(whole / exact)
+
+
 def _clear_gradients(model: Model) -> None:
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -219,12 +238,35 @@ def _forward_step(
         inputs = F.pad(tokens, (0, padding))
         if mask is not None:
             mask = F.pad(mask, (0, padding, 0, padding), value=True)
-    hidden_or_logits = chunk(input_ids=inputs, position_ids=None, attention_mask=mask)
+    hidden_or_logits = chunk(
+        input_ids=inputs, position_ids=None, attention_mask=mask, packed_seq_params=_packed(micro_batch, padding)
+    )
 
     def finish(raw: torch.Tensor) -> Any:
         return make_step(_token_outputs(model, raw, tokens, with_entropy, temperature), micro_batch)
 
     return hidden_or_logits, finish
+
+
+def _packed(micro_batch: MicroBatch, padding: int) -> PackedSeqParams | None:
+    """megatron-core's description of a packed row, the padding added to it being one sequence more."""
+    borders = micro_batch.get("cu_seqlens")
+    if borders is None:
+        return None
+    if micro_batch["tokens_BS"].shape[0] != 1:
+        raise ValueError(f"packed rows come one to a micro-batch, not {micro_batch['tokens_BS'].shape[0]}")
+    if padding:
+        borders = F.pad(borders, (0, 1), value=int(borders[-1]) + padding)
+    # The true maximum: with the length of the row in its place, megatron-core's rotary embedding would number
+    # positions through the row and not begin again at each sequence.
+    longest = int(borders.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _token_outputs(
@@ -258,7 +300,7 @@ def _loss_step(
     # The schedule scales the loss in place in some configurations: report a copy.
     report = {name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()}
     report |= {"loss_sum": loss_sum.detach().clone(), "count": count.detach().clone()}
-    return loss_sum, count.to(torch.int), report
+    return loss_sum, _whole(count).to(torch.int), report
 
 
 def _collect_step(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import platform
+
+ALIVE_SECONDS = 20.0
+Result = TypeVar("Result")
 
 
 def initialize(
@@ -162,6 +167,38 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
+
+
+def on_main(work: Callable[[Callable[[], None]], Result]) -> Result:
+    """`work(alive)`, done on global rank 0 alone; its (small, picklable) result on every rank (collective).
+
+    `work` calls `alive()` every few seconds, so that the others, who wait in a collective, do not time out. A
+    UserError it raises is raised on every rank.
+    """
+    if dist.get_world_size() == 1:
+        return work(lambda: None)
+    if is_main():
+        said = time.monotonic()
+
+        def alive() -> None:
+            nonlocal said
+            if time.monotonic() - said > ALIVE_SECONDS:
+                broadcast_object(("working", None))
+                said = time.monotonic()
+
+        try:
+            result = work(alive)
+        except UserError as error:
+            broadcast_object(("failed", str(error)))
+            raise
+        broadcast_object(("done", result))
+        return result
+    while True:
+        state, value = broadcast_object(None)
+        if state == "failed":
+            raise UserError(value)
+        if state == "done":
+            return value
 
 
 def data_all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:

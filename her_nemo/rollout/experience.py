@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from her_nemo.algorithms import advantages, kl
+from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.megatron import forward, parallel, platform
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.rewards.scalar import score_at_last_token
@@ -31,6 +32,7 @@ class Experience:
     rollout_log_probs_BT: torch.Tensor  # fp32, what the engine said; 0 outside the reply
     finished_B: torch.Tensor  # bool, False where the reply was cut at its longest
     old_log_probs_BT: torch.Tensor = field(init=False)
+    entropy_BT: torch.Tensor = field(init=False)  # fp32, of the policy that generated, in nats
     ref_log_probs_BT: torch.Tensor = field(init=False)
     values_BT: torch.Tensor = field(init=False)
     scores_B: torch.Tensor = field(init=False)
@@ -96,18 +98,31 @@ def score(experience: Experience, reward_model: Model, size: int) -> None:
 def evaluate_policy(
     experience: Experience, actor: Model, reference: Model, critic: Model, size: int, temperature: float
 ) -> None:
-    """Log-probs under the policy that generated and under the frozen reference, and the critic's values."""
+    """Log-probs and entropy of the policy that generated, log-probs of the frozen reference, the critic's values."""
     batches = experience.micro_batches(size)
-    experience.old_log_probs_BT = torch.cat(forward.log_probs(actor, batches, temperature=temperature))
+    said = forward.outputs(actor, batches, with_entropy=True, temperature=temperature)
+    experience.old_log_probs_BT = torch.cat([out["log_probs_BT"] for out in said])
+    experience.entropy_BT = torch.cat([out["entropy_BT"] for out in said])
     experience.ref_log_probs_BT = torch.cat(forward.log_probs(reference, batches, temperature=temperature))
     experience.values_BT = torch.cat(forward.values(critic, batches))[:, :-1]
 
 
 def estimate_advantages(
-    experience: Experience, *, kl_penalty: float, discount: float, gae_lambda: float, normalize: bool
+    experience: Experience,
+    *,
+    kl_penalty: float,
+    discount: float,
+    gae_lambda: float,
+    normalize: bool,
+    weights_K: torch.Tensor | None = None,
 ) -> None:
-    """Rewards with the KL penalty, then GAE; normalisation uses the moments of the whole global batch."""
+    """Rewards with the KL penalty, then GAE; normalisation uses the moments of the whole global batch.
+
+    `weights_K` multiplies the penalty of a token by the weight of its segment kind.
+    """
     kl_BT = kl.k1(experience.old_log_probs_BT, experience.ref_log_probs_BT)
+    if weights_K is not None:
+        kl_BT = kl_BT * weigh_kinds(experience.mask_BT, experience.kinds_BT, weights_K)
     experience.rewards_BT = kl.rewards_with_kl(experience.scores_B, kl_BT, experience.mask_BT, kl_penalty)
     experience.advantages_BT, experience.returns_BT = advantages.gae(
         experience.rewards_BT, experience.values_BT, experience.mask_BT, discount, gae_lambda
@@ -148,6 +163,7 @@ def statistics(experience: Experience) -> dict[str, torch.Tensor]:
     for kind in range(1, 5):
         here = mask & (experience.kinds_BT == kind)
         sums[f"kind{kind}_kl"] = torch.where(here, kl_BT, 0.0).sum()
+        sums[f"kind{kind}_entropy"] = torch.where(here, experience.entropy_BT, 0.0).sum()
         sums[f"kind{kind}_tokens"] = here.sum()
     return {name: value.double().to(mask.device) for name, value in sums.items()}
 

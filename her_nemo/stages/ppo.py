@@ -7,15 +7,17 @@ model stay frozen. Schulman et al. 2017 (arXiv 1707.06347), with the per-token K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.algorithms.ppo_loss import policy_loss, value_loss
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import Prompt, Tokeniser, encode_prompt
+from her_nemo.data.tokenise import KIND_NAMES, Prompt, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.megatron.qwen3 import Model
@@ -28,7 +30,7 @@ from her_nemo.rollout.megatron_engine import MegatronEngine
 from her_nemo.stages import ppo_tags as tags
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch, global_sums
-from her_nemo.training.loop import forever, load_rows
+from her_nemo.training.loop import forever, kind_weights, load_rows
 from her_nemo.training.run import Run, open_run
 
 SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
@@ -38,7 +40,7 @@ def run(cfg: PpoConfig) -> int:
     ppo, model = cfg.trainer.ppo, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        prompts, held_out = load_prompts(cfg, tokeniser)
+        prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
         last = ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, reward_model = build_models(cfg, here, last)
         engine = MegatronEngine(
@@ -67,6 +69,7 @@ def run(cfg: PpoConfig) -> int:
                 discount=ppo.discount_factor,
                 gae_lambda=ppo.gae_lambda,
                 normalize=ppo.normalize_advantages,
+                weights_K=kind_weights(model.data.layer_weights),
             )
             rollout = report_rollout(here, step, experience, replies, gap)
             with here.timers("critic"):
@@ -89,18 +92,20 @@ def run(cfg: PpoConfig) -> int:
     return 0
 
 
-def load_prompts(cfg: PpoConfig, tokeniser: Tokeniser) -> tuple[list[Prompt], list[Prompt]]:
+def load_prompts(
+    cfg: PpoConfig, tokeniser: Tokeniser, run_dir: Path
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """The prompts to train on and those to validate on (the head of the file; none if that is off).
 
     Raises:
         UserError: fewer validation prompts than replicas.
     """
     model, room = cfg.model, cfg.model.encoder_seq_length - cfg.model.ppo.length_params.max_length
-    train = load_rows(encode_prompt, tokeniser, model.data.train_ds.file_path, "prompts", model, room)
+    train = load_rows("prompts", tokeniser, model.data.train_ds.file_path, model, room, run_dir)
     path, wanted = model.data.validation_ds.file_path, model.ppo.num_val_samples
     if path is None or wanted == 0:
         return train, []
-    held_out = load_rows(encode_prompt, tokeniser, path, "prompts", model, room)[:wanted]
+    held_out = load_rows("prompts", tokeniser, path, model, room, run_dir)[:wanted]
     if len(held_out) < parallel.data_size():
         raise UserError(
             f"{path}: {len(held_out)} validation prompts for {parallel.data_size()} replicas; give at least one "
@@ -222,22 +227,32 @@ def update(
 
 
 def policy_objective(cfg: PpoConfig) -> LossFunction:
+    """The clipped policy loss, weighted by segment kind, and the plain sums of each kind for the log."""
     eps, bonus = cfg.model.ppo.ratio_eps, cfg.model.ppo.entropy_bonus
+    weights_K = kind_weights(cfg.model.data.layer_weights)
 
     def objective(
         outputs: TokenOutputs, batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         assert outputs.log_probs_BT is not None
-        return policy_loss(
+        constants = batch["old_log_probs_BT"], batch["advantages_BT"]
+        mask_BT, kinds_BT = batch["mask_BT"], batch["kinds_BT"]
+        loss_sum, count, sums = policy_loss(
             outputs.log_probs_BT,
-            batch["old_log_probs_BT"],
-            batch["advantages_BT"],
-            batch["mask_BT"],
+            *constants,
+            mask_BT,
             eps,
             eps,
             entropy=outputs.entropy_BT,
             entropy_bonus=bonus,
+            token_weights=weigh_kinds(mask_BT, kinds_BT, weights_K),
         )
+        for kind, name in KIND_NAMES.items():
+            here = mask_BT & (kinds_BT == kind)
+            sums[f"{name}_loss"], sums[f"{name}_tokens"], _ = policy_loss(
+                outputs.log_probs_BT.detach(), *constants, here, eps, eps
+            )
+        return loss_sum, count, sums
 
     return objective
 
@@ -260,7 +275,7 @@ def unmoved(here: Run, step: int, cfg: PpoConfig) -> Callable[[dict[str, float]]
     """Check of the first minibatch after a rollout: the policy has not moved, so its ratio is 1."""
 
     def check(sums: dict[str, float]) -> None:
-        ratio = check_unmoved_ratio(sums["ratio_sum"] / sums["count"], step, cfg.trainer.precision)
+        ratio = check_unmoved_ratio(sums["ratio_sum"] / sums["tokens"], step, cfg.trainer.precision)
         here.summary.setdefault("ratio_step0", ratio)
 
     return check

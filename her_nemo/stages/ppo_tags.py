@@ -12,18 +12,20 @@ from typing import Any
 
 from her_nemo.data.tokenise import KIND_NAMES
 from her_nemo.evaluation.vitals import vitals
+from her_nemo.training.learner import mean_loss
 
 ROLLOUT_MEANS = ("rewards", "rewards_with_kl", "init_policy_kl", "response_lengths", "finished")
 
 
 def rollout_tags(sums: dict[str, float], gap: float) -> dict[str, float]:
-    """Means over replies, the gap between engine and trainer, and KL by segment kind (nats a token)."""
+    """Means over replies, the gap between engine and trainer, and KL and entropy by segment kind (nats a token)."""
     samples, tokens = sums["samples"], sums["tokens"]
     tags = {f"train_rollouts/{name}": sums[name] / samples for name in ROLLOUT_MEANS}
     tags |= {"rollout/logprob_gap_max": gap, "rollout/logprob_gap_mean": sums["gap"] / tokens}
     for kind, name in KIND_NAMES.items():
         if sums[f"kind{kind}_tokens"]:
             tags[f"layers/{name}/kl"] = sums[f"kind{kind}_kl"] / sums[f"kind{kind}_tokens"]
+            tags[f"layers/{name}/entropy"] = sums[f"kind{kind}_entropy"] / sums[f"kind{kind}_tokens"]
             tags[f"layers/{name}/tokens"] = sums[f"kind{kind}_tokens"] / samples
     return tags
 
@@ -49,16 +51,21 @@ def validation_tags(sums: dict[str, float]) -> dict[str, float]:
 
 
 def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates of one step."""
-    count = sum(sums["count"] for sums in passes)
-    return {
-        "train_optim/loss": sum(sums["loss_sum"] for sums in passes) / count,
-        "train_optim/ppo_ratio": sum(sums["ratio_sum"] for sums in passes) / count,
-        "train_optim/ppo_ratio_clamped": sum(sums["clipped_ratio_sum"] for sums in passes) / count,
-        "train_optim/clip_fraction": sum(sums["clip_fraction_sum"] for sums in passes) / count,
+    """Means over the updates of one step: the loss as it is weighted, all else and each kind's loss plain."""
+    total = {name: sum(sums[name] for sums in passes) for name in passes[0]}
+    tokens = total["tokens"]
+    tags = {
+        "train_optim/loss": mean_loss(total),
+        "train_optim/ppo_ratio": total["ratio_sum"] / tokens,
+        "train_optim/ppo_ratio_clamped": total["clipped_ratio_sum"] / tokens,
+        "train_optim/clip_fraction": total["clip_fraction_sum"] / tokens,
         "train_optim/grad_norm": passes[-1]["grad_norm"],
         "train_optim/lr": passes[-1]["lr"],
     }
+    for name in KIND_NAMES.values():
+        if total[f"{name}_tokens"]:
+            tags[f"layers/{name}/loss"] = total[f"{name}_loss"] / total[f"{name}_tokens"]
+    return tags
 
 
 def critic_tags(passes: list[dict[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from her_nemo.algorithms.ranking_loss import bradley_terry
 from her_nemo.config.schema import RewardConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import Tokeniser, encode_pair
+from her_nemo.data.tokenise import Tokeniser
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.rewards.scalar import score_at_last_token
 from her_nemo.training.learner import Learner, MicroBatch
@@ -24,14 +24,10 @@ def run(cfg: RewardConfig) -> int:
     loop, model = cfg.trainer.rm, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        train = load_rows(
-            encode_pair, tokeniser, model.data.train_ds.file_path, "pairs", model, model.encoder_seq_length
-        )
-        valid_path = model.data.validation_ds.file_path
+        length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
+        train = load_rows("pairs", tokeniser, model.data.train_ds.file_path, model, length, here.directory)
         valid = (
-            load_rows(encode_pair, tokeniser, valid_path, "pairs", model, model.encoder_seq_length)
-            if valid_path
-            else []
+            load_rows("pairs", tokeniser, valid_path, model, length, here.directory) if valid_path else []
         )
         order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
         last = total_steps(loop, len(order))

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import torch
 
+from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.algorithms.sft_loss import masked_nll
 from her_nemo.config.schema import SftConfig
+from her_nemo.config.sections import LayerWeights
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import KIND_NAMES, Tokeniser, encode_sample
+from her_nemo.data.tokenise import KIND_NAMES, Tokeniser
 from her_nemo.megatron.forward import TokenOutputs
-from her_nemo.training.learner import Learner, MicroBatch
-from her_nemo.training.loop import forever, load_rows, my_micro_batches, total_steps, validate
+from her_nemo.training.learner import Learner, LossFunction, MicroBatch
+from her_nemo.training.loop import forever, kind_weights, load_rows, my_micro_batches, total_steps, validate
 from her_nemo.training.run import open_run
 
 
@@ -19,14 +21,10 @@ def run(cfg: SftConfig) -> int:
     loop, model = cfg.trainer.sft, cfg.model
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
-        train = load_rows(
-            encode_sample, tokeniser, model.data.train_ds.file_path, "sft", model, model.encoder_seq_length
-        )
-        valid_path = model.data.validation_ds.file_path
+        length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
+        train = load_rows("sft", tokeniser, model.data.train_ds.file_path, model, length, here.directory)
         valid = (
-            load_rows(encode_sample, tokeniser, valid_path, "sft", model, model.encoder_seq_length)
-            if valid_path
-            else []
+            load_rows("sft", tokeniser, valid_path, model, length, here.directory) if valid_path else []
         )
         order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
         last = total_steps(loop, len(order))
@@ -39,6 +37,7 @@ def run(cfg: SftConfig) -> int:
             clip_grad=loop.gradient_clip_val,
             max_steps=last,
         )
+        objective = sft_objective(model.data.layer_weights)
         done = here.resume([learner], order)
         batches = forever(order)
         for step in here.steps(done + 1, last, "sft"):
@@ -46,14 +45,14 @@ def run(cfg: SftConfig) -> int:
             here.tokens += sum(len(train[index]) for index in indices)
             with here.timers("update"):
                 sums = learner.update(
-                    my_micro_batches(train, indices, model, tokeniser), sft_loss, step=step
+                    my_micro_batches(train, indices, model, tokeniser), objective, step=step
                 )
             here.metrics.log(
                 step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
             )
             here.summary |= {"steps": step, "train_loss": sums["loss"]}
             if valid and (step % loop.val_check_interval == 0 or step == last):
-                held_out = validate(learner, valid, model, loop, tokeniser, sft_loss)
+                held_out = validate(learner, valid, model, loop, tokeniser, objective)
                 here.metrics.log(step, tags("val", held_out))
                 here.summary |= {"val_loss": held_out["loss"]}
             if step % loop.save_interval == 0 or step == last:
@@ -61,22 +60,29 @@ def run(cfg: SftConfig) -> int:
     return 0
 
 
-def sft_loss(
-    outputs: TokenOutputs, batch: MicroBatch
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Negative log-likelihood of the trained tokens, and the same by segment kind for the log."""
-    assert outputs.log_probs_BT is not None
-    loss_sum, count = masked_nll(outputs.log_probs_BT, batch["loss_mask_BT"])
-    sums = {}
-    for kind, name in KIND_NAMES.items():
-        here = batch["loss_mask_BT"] * (batch["kinds_BT"] == kind)
-        sums[f"{name}_nll"], sums[f"{name}_tokens"] = masked_nll(outputs.log_probs_BT.detach(), here)
-    return loss_sum, count, sums
+def sft_objective(layer_weights: LayerWeights) -> LossFunction:
+    """Negative log-likelihood of the trained tokens as a mean weighted by segment kind, and the plain sums of each
+    kind for the log."""
+    weights_K = kind_weights(layer_weights)
+
+    def objective(
+        outputs: TokenOutputs, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        assert outputs.log_probs_BT is not None
+        mask_BT, kinds_BT = batch["loss_mask_BT"], batch["kinds_BT"]
+        loss_sum, count = masked_nll(outputs.log_probs_BT, weigh_kinds(mask_BT, kinds_BT, weights_K))
+        sums = {"tokens": mask_BT.sum()}
+        for kind, name in KIND_NAMES.items():
+            here = mask_BT * (kinds_BT == kind)
+            sums[f"{name}_nll"], sums[f"{name}_tokens"] = masked_nll(outputs.log_probs_BT.detach(), here)
+        return loss_sum, count, sums
+
+    return objective
 
 
 def tags(split: str, sums: dict[str, float]) -> dict[str, float]:
     """TensorBoard tags of one global batch: mean loss per token, in all and by segment kind."""
-    found = {f"{split}/loss": sums["loss"], f"{split}/tokens": sums["count"]}
+    found = {f"{split}/loss": sums["loss"], f"{split}/tokens": sums["tokens"]}
     for name in KIND_NAMES.values():
         if sums[f"{name}_tokens"]:
             prefix = f"layers/{name}" if split == "train" else f"{split}_layers/{name}"

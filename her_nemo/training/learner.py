@@ -95,18 +95,23 @@ class Learner:
         rate = self.scheduler.lr
         grad_norm = optimizer.step(self.optimizer, step)
         self.scheduler.step()
-        return {**totals, "loss": totals["loss_sum"] / totals["count"], "grad_norm": grad_norm, "lr": rate}
+        return {**totals, "loss": mean_loss(totals), "grad_norm": grad_norm, "lr": rate}
 
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> dict[str, float]:
         """The same sums without gradients."""
         totals = global_sums(forward.evaluate(self.model, micro_batches, loss_fn))
-        return {**totals, "loss": totals["loss_sum"] / totals["count"]}
+        return {**totals, "loss": mean_loss(totals)}
 
     def save(self, directory: Path) -> None:
         state.save(directory / self.name, self.model, self.optimizer, self.scheduler)
 
     def load(self, directory: Path) -> None:
         state.load(directory / self.name, self.model, self.optimizer, self.scheduler)
+
+
+def mean_loss(totals: dict[str, float]) -> float:
+    """The loss per token; 0 for a batch in which no token has a weight (it gives no gradient either)."""
+    return totals["loss_sum"] / totals["count"] if totals["count"] else 0.0
 
 
 def global_sums(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from her_nemo.config.schema import ModelConfig
-from her_nemo.config.sections import Loop
+from her_nemo.config.sections import LayerWeights, Loop
+from her_nemo.data import token_cache
 from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
-from her_nemo.data.sources import read_jsonl
-from her_nemo.data.tokenise import Encoded, Encoder, Sample, Tokeniser, encode_all
+from her_nemo.data.packing import packed_micro_batches
+from her_nemo.data.sources import RowKind
+from her_nemo.data.token_store import TokenStore
+from her_nemo.data.tokenise import KIND_NAMES, Sample, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch
 
@@ -18,15 +24,34 @@ Rows = Sequence[Sample] | Sequence[tuple[Sample, Sample]]
 
 
 def load_rows(
-    encoder: Encoder[Encoded], tokeniser: Tokeniser, path: str, kind: str, cfg: ModelConfig, max_length: int
-) -> list[Encoded]:
-    """Read and encode one file; the main rank says what was lost on the way."""
-    rows, malformed = read_jsonl(path, kind, cfg.data.skip_malformed)
-    encoded, report = encode_all(encoder, tokeniser, rows, max_length)
+    kind: RowKind, tokeniser: Tokeniser, path: str, cfg: ModelConfig, max_length: int, run_dir: Path
+) -> TokenStore[Any]:
+    """The encoded rows of one file, through the token cache (collective): the main rank encodes what is not there yet
+    and says what was lost on the way, every rank reads.
+
+    Raises:
+        UserError: on every rank, for whatever is wrong with the file or the cache.
+    """
+    cache_dir = cfg.data.cache_dir or run_dir / "cache"
+
+    def encode(alive: Callable[[], None]) -> str:
+        entry = token_cache.prepare(
+            path, kind, tokeniser, max_length, cache_dir, workers=cfg.data.num_workers, tick=alive
+        )
+        return str(entry)
+
+    entry = Path(parallel.on_main(encode))
+    rows: TokenStore[Any] = token_cache.load(entry, path, max_length, cfg.data.skip_malformed)
     if parallel.is_main():
-        skipped = f", {malformed.total} malformed lines skipped" if malformed.total else ""
-        print(f"{path}: {report}{skipped}", flush=True)
-    return encoded
+        bad = rows.malformed.total
+        skipped = f", {bad} malformed lines skipped" if bad else ""
+        print(f"{path}: {rows.report}{skipped}; {int(rows.lengths.sum())} tokens in {entry}", flush=True)
+    return rows
+
+
+def kind_weights(weights: LayerWeights) -> torch.Tensor:
+    """`model.data.layer_weights` as [K] for `masking.weigh_kinds`; tokens without a kind (plain text) weigh 1."""
+    return torch.tensor([1.0, *(getattr(weights, KIND_NAMES[code]) for code in sorted(KIND_NAMES))])
 
 
 def forever(order: GlobalBatchSampler) -> Iterator[np.ndarray]:
@@ -44,15 +69,14 @@ def total_steps(loop: Loop, steps_per_epoch: int) -> int:
 def my_micro_batches(
     rows: Rows, indices: np.ndarray, cfg: ModelConfig, tokeniser: Tokeniser
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of the global batch `indices`."""
-    return step_micro_batches(
-        rows,
-        indices,
-        dp_rank=parallel.data_rank(),
-        dp_size=parallel.data_size(),
-        micro_batch_size=cfg.micro_batch_size,
-        pad_id=tokeniser.pad_id,
-    )
+    """This replica's micro-batches of the global batch `indices`; packed rows if `model.data.packing` says so."""
+    share: dict[str, int] = {
+        "dp_rank": parallel.data_rank(), "dp_size": parallel.data_size(), "pad_id": tokeniser.pad_id
+    }  # fmt: skip
+    if getattr(cfg.data, "packing", False):
+        capacity = cfg.micro_batch_size * cfg.encoder_seq_length
+        return packed_micro_batches(rows, indices, capacity=capacity, **share)
+    return step_micro_batches(rows, indices, micro_batch_size=cfg.micro_batch_size, **share)
 
 
 def validate(

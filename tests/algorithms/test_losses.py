@@ -7,6 +7,7 @@ from math import log
 import pytest
 import torch
 
+from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.algorithms.ppo_loss import policy_loss, value_loss
 from her_nemo.algorithms.ranking_loss import bradley_terry
 from her_nemo.algorithms.sft_loss import masked_nll
@@ -161,3 +162,38 @@ def test_the_score_sits_on_the_last_token_whatever_the_padding(padding: int) -> 
     assert score_at_last_token(padded, torch.tensor([3, 2])).tolist() == [2.0, 4.0]
     with pytest.raises(ValueError, match="not all in"):
         score_at_last_token(values, torch.tensor([0, 3]))
+
+
+def test_weights_by_kind_make_a_weighted_mean() -> None:
+    mask = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    kinds = torch.tensor([[1, 2, 1, 0]], dtype=torch.int8)
+    weights = weigh_kinds(mask, kinds, torch.tensor([1.0, 0.5, 3.0]))
+    assert weights.tolist() == [[0.5, 3.0, 0.0, 1.0]]
+    assert weigh_kinds(mask.bool(), kinds, torch.tensor([1.0, 0.5, 3.0])).tolist() == weights.tolist()
+    loss, count = masked_nll(torch.tensor([[-2.0, -1.0, NAN, -4.0]]), weights)
+    near(loss, 0.5 * 2 + 3 * 1 + 4)
+    near(count, 4.5)
+
+
+def test_policy_loss_with_token_weights() -> None:
+    """Weight 0 is no token at all, weight 2 is two tokens; the statistics stay plain."""
+    torch.manual_seed(1)
+    old, advantages, entropy = torch.randn(2, 5), torch.randn(2, 5), torch.rand(2, 5)
+    log_probs = old + 0.3 * torch.randn(2, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    weights = torch.tensor([[2.0, 0, 1, 5, 5], [1, 0, 2, 1, 5]])
+
+    def run(x: torch.Tensor, kept: torch.Tensor, **more: torch.Tensor) -> tuple:
+        return policy_loss(x, old, advantages, kept, 0.2, 0.2, entropy=entropy, entropy_bonus=0.1, **more)
+
+    x = log_probs.clone().requires_grad_()
+    loss, count, stats = run(x, mask, token_weights=weights)
+    loss.backward()
+    y = log_probs.clone().requires_grad_()
+    parts = [run(y, mask * (weights >= least)) for least in (1, 2)]
+    sum(part[0] for part in parts).backward()
+    near(loss, sum(part[0].item() for part in parts))
+    near(count, float(sum(part[1] for part in parts)))
+    assert torch.allclose(x.grad, y.grad)
+    near(stats["tokens"], 7.0)
+    near(stats["ratio_sum"], float(run(log_probs, mask)[2]["ratio_sum"]))

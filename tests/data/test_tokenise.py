@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from her_nemo.config.errors import UserError
 from her_nemo.data import tokenise
-from her_nemo.data.sources import read_jsonl
+from her_nemo.data.sources import read_rows
 from her_nemo.data.tokenise import Dropped, Prompt, Sample, Tokeniser, encode_all, encode_pair, encode_sample
 from her_nemo.data.tokenizer import train_tokenizer
-from her_nemo.roleplay.prompt import CONVERSATION_START
+from her_nemo.roleplay.prompt import CONTROL_TOKENS, CONVERSATION_START
 
-HER = Path(__file__).resolve().parents[3] / "shared/data/her"
 REPLY = (
     "<system_thinking>Ada waits.</system_thinking>Ada: <role_thinking>I wait.</role_thinking> "
     "Caf\u00e9 e\u0301 \u732b?<role_action>sits</role_action>Yes."
@@ -72,6 +75,63 @@ def test_prompt_is_what_is_served(tokeniser: Tokeniser) -> None:
             messages, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
         )
         assert list(again) == ids
+
+
+MARKS = "\n\n\n=*<A1aeiou \n\r\t'sS:.,<>/|12\u00e9e\u0301\u732b\u200d\U0001f600"
+TEXT = st.text(st.sampled_from(MARKS) | st.characters(), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(contents=st.lists(TEXT, min_size=1, max_size=6))
+def test_joined_prompt_is_the_prompt(tokeniser: Tokeniser, contents: list[str]) -> None:
+    roles = itertools.chain(["system"], itertools.cycle(["user", "assistant", "assistant"]))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    assume(not any(token in text for text in contents for token in CONTROL_TOKENS))
+    assume(all(text.encode("utf-8", "replace").decode() == text for text in contents))
+    expected = tokeniser.prompt_ids(messages)
+    assert tokeniser.joined_prompt_ids(messages).tolist() == expected
+    assert tokeniser.joined_prompt_length(messages) == len(expected)
+
+
+def test_lines_are_encoded_apart_for_qwens_pattern_only(tokeniser: Tokeniser, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "You are Ada.\n\n===Background===\nA mill. \n Ada\n* one\n\u0301two\n"}]
+    assert tokeniser._split(("system", messages[0]["content"])) == [
+        "system\n", "You are Ada.\n\n", "===Background===\n", "A mill. \n Ada\n", "* one\n\u0301two\n"
+    ]  # fmt: skip
+    shutil.copytree(tokeniser.directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    # Words that reach over a line break.
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+\n\p{L}+|."
+    file.write_text(json.dumps(content))
+    other = Tokeniser(tmp_path)
+    assert len(other._split(("system", "a\nb"))) == 1
+    for one in (tokeniser, other):
+        assert one.joined_prompt_ids(messages).tolist() == one.prompt_ids(messages)
+
+
+def test_prefetched_rows_are_encoded_the_same(tokeniser: Tokeniser) -> None:
+    rows = [row(turns, REPLY + str(turns)) for turns in (1, 2, 3, 3)]
+    rows.append({"trace_id": "p", "messages": row()["messages"][:-1], "chosen": REPLY, "rejected": "Ada: No."})
+    fresh = Tokeniser(tokeniser.directory)
+    fresh.prefetch(*tokenise.texts_to_encode(rows))
+    for one in rows[:-1]:
+        a, b = (encode_sample(t, one, 200) for t in (fresh, Tokeniser(tokeniser.directory)))
+        assert (a.token_ids.tolist(), a.kinds.tolist()) == (b.token_ids.tolist(), b.kinds.tolist())
+    a, b = (encode_pair(t, rows[-1], 200) for t in (fresh, Tokeniser(tokeniser.directory)))
+    assert [s.token_ids.tolist() for s in a] == [s.token_ids.tolist() for s in b]
+
+
+def test_a_tokenizer_that_looks_beyond_a_message_is_refused(tokeniser: Tokeniser, tmp_path: Path) -> None:
+    shutil.copytree(tokeniser.directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        # <|im_end|> that swallows the line break after it
+        token["rstrip"] = token["content"] == "<|im_end|>"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="differently for what stands before it"):
+        Tokeniser(tmp_path)
 
 
 def test_our_template_wins(tokeniser: Tokeniser, tmp_path: Path) -> None:
@@ -195,12 +255,12 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
         Tokeniser(tmp_path)
 
 
-@pytest.mark.skipif(not HER.exists(), reason="shared sample data not here")
-def test_real_rows(tokeniser: Tokeniser) -> None:
-    rows, _ = read_jsonl(HER / "sft_single_turn_sample.jsonl", "sft")
+def test_real_rows(tokeniser: Tokeniser, shared_data: Path) -> None:
+    rows, _ = read_rows(shared_data / "her" / "sft_single_turn_sample.jsonl", "sft")
     samples, report = encode_all(encode_sample, tokeniser, rows, 1 << 20)
     assert report.kept == 95
     for sample, source in zip(samples, rows, strict=True):
         reply = sample.token_ids[sample.prompt_length : -1]
         assert tokeniser.decode(reply) == source["messages"][-1]["content"]
         assert tokenise.SYSTEM_THINKING in sample.kinds
+        assert sample.token_ids[: sample.prompt_length].tolist() == tokeniser.prompt_ids(source["messages"][:-1])

@@ -113,6 +113,42 @@ def test_resume_gives_the_same_bits(place: Place, stage: Stage, tmp_path: Path) 
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.parallel
+def test_packed_curve_is_the_unpacked_curve(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """Also from one cache for all runs, which only the first one fills."""
+    changes = {
+        "trainer.sft.max_steps": 6,
+        "model.data.cache_dir": tmp_path / "cache",
+        "model.data.validation_ds.file_path": place.world / "sft_val.jsonl",
+    }
+    stage("sft", *sft_overrides(place, tmp_path / "plain", **changes))
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    assert len(made) == 8
+    for name in ("tp1", "dp2", "tp2_pp2"):
+        run = tmp_path / name
+        stage("sft", *sft_overrides(place, run, **changes, **{"model.data.packing": True}), *layout_of(name))
+        for tag in ("train/loss", "val/loss", "layers/role_thinking/loss"):
+            found, expected = np.array(curve(run, tag)), np.array(curve(tmp_path / "plain", tag))
+            assert len(found) >= 1
+            assert np.abs(found - expected).max() < 1e-4, (name, tag)
+    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    assert not (tmp_path / "plain" / "cache").exists()
+
+
+@pytest.mark.slow
+def test_weights_by_kind_train_what_they_weigh(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """Only role actions count: their loss falls more than with equal weights, the plan's hardly."""
+    fell = {}
+    off = {f"model.data.layer_weights.{kind}": 0.0 for kind in ("system_thinking", "role_thinking", "speech")}
+    for name, weights in (("even", {}), ("actions", off)):
+        stage("sft", *sft_overrides(place, tmp_path / name, **weights))
+        for kind in ("system_thinking", "role_action"):
+            values = curve(tmp_path / name, f"layers/{kind}/loss")
+            fell[name, kind] = values[0] - values[-1]
+    assert fell["actions", "role_action"] > fell["even", "role_action"]
+    assert fell["actions", "system_thinking"] < fell["even", "system_thinking"] / 2
+
+
 @pytest.mark.slow
 def test_convert_and_export_return_every_bit(place: Place, stage: Stage, tmp_path: Path) -> None:
     stage("convert", f"source={place.model}", f"out={tmp_path / 'megatron'}")
