@@ -63,7 +63,7 @@ class AnswerCache:
         handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{key}.", suffix=".partial")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump({"key": key, **body}, out, ensure_ascii=False)
+                json.dump({"key": key, **body}, out)  # ASCII: an answer may hold lone surrogates
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(partial, file)
