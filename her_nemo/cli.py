@@ -22,6 +22,7 @@ SUMMARIES = {
     "ppo": "PPO against the reward model",
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
     "evaluate": "replies from vLLM on held-out prompts, scored",
+    "data_synthesise": "`data synthesise`: thoughts, plans and settings written by a language model",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 
@@ -61,6 +62,8 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"her-nemo {__version__}")
         return 0
+    if words[0] == "data" and len(words) > 1 and f"data_{words[1]}" in STAGES:
+        words = [f"data_{words[1]}", *words[2:]]
     stage, rest = words[0], words[1:]
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))

@@ -33,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public sample data (its README says what is in it); the test is skipped without it."""
+    places = [os.environ.get("HER_NEMO_SHARED_DATA"), ROOT.parent / "shared" / "data", "/work/shared/data"]
+    for place in places:
+        if place and Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no shared data: set HER_NEMO_SHARED_DATA")
+
+
 @pytest.fixture
 def her_nemo(tmp_path: Path) -> CommandLine:
     """Runs `python -m her_nemo ARGUMENTS` in a scratch directory and returns what it did."""

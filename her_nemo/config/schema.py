@@ -23,6 +23,7 @@ from her_nemo.config.sections import (
     knob,
     required,
 )
+from her_nemo.config.synthesis import SynthesiseConfig
 
 # The keys of conf/model/*.yaml, in the names megatron-core and NeMo use.
 ARCHITECTURE_KEYS = (
@@ -311,4 +312,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "ppo": PpoConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "data_synthesise": SynthesiseConfig,
 }

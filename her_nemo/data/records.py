@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ class Character:
     name: str
     profile: str = ""
     motivation: str = ""
+    key: bool = True
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ConversationTurn:
     speaker: str
     text: str
     plan: str | None = None
+    defects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,29 @@ class Conversation:
     conversation_id: str
     source: str
     book: str
-    plot_index: int
-    conversation_index: int
+    plot_index: int | None
+    conversation_index: int | None
     scenario: str
     topic: str
     background: str
     characters: tuple[Character, ...]
     turns: tuple[ConversationTurn, ...]
     split: str | None = None
+    chapter: str = ""
     source_text: str = ""
+    held_out: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_row(self) -> dict[str, Any]:
         """A row of JSON Lines."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Conversation:
+    def from_row(cls, row: dict[str, Any]) -> Conversation:
         """The conversation of a row. Raises TypeError or KeyError where it is not of this shape."""
         characters = tuple(Character(**character) for character in row["characters"])
-        turns = tuple(ConversationTurn(**turn) for turn in row["turns"])
+        turns = tuple(
+            ConversationTurn(**{**turn, "defects": tuple(turn.get("defects") or ())}) for turn in row["turns"]
+        )
         return cls(**{**row, "characters": characters, "turns": turns})
 
 
@@ -68,7 +73,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     path = Path(path)
     for number, row in _rows(path):
         try:
-            yield Conversation.from_json(row)
+            yield Conversation.from_row(row)
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a conversation: {error}. Run her-nemo data ingest first.") from error
 
@@ -91,16 +96,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_conversations(path: str | Path, conversations: Iterable[Conversation]) -> int:
-    """Writes JSON Lines, all or nothing; returns how many."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    """Writes JSON Lines; returns how many."""
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with Path(path).open("w", encoding="utf-8") as file:
         for conversation in conversations:
-            file.write(json.dumps(conversation.to_json(), ensure_ascii=False) + "\n")
+            file.write(json.dumps(conversation.to_row(), ensure_ascii=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     return count

@@ -6,6 +6,7 @@ thoughts go: the text itself is cut from the original, so that not even a quotat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from her_nemo.data.synthesis.asker import Fault
@@ -14,6 +15,7 @@ from her_nemo.roleplay.text import join_seam
 from her_nemo.roleplay.turn import Turn, parse_turn, render_segment
 from her_nemo.roleplay.views import Reader, view
 
+_INSIDE_WORD = re.compile(r"[\w'\u2019]{2}")
 # Marks that models write in their own way; one character each, so that places stay comparable.
 _FOLD = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
@@ -32,35 +34,44 @@ def insert_thoughts(turn: Turn, parts: Sequence[tuple[Kind, str]]) -> tuple[str,
         turn: the original, `editable`.
         parts: (kind, text) of the whole new turn in order; role_thinking, role_action and speech.
     """
-    gold = [segment for segment in turn.segments if not segment.kind.private and not segment.blank]
+    gold = [segment for segment in turn.segments if not segment.kind.private]
     given = [(kind, text) for kind, text in parts if kind is not Kind.ROLE_THINKING]
-    fault = _difference([(segment.kind, segment.text) for segment in gold], given)
+    fault = _difference([(segment.kind, segment.text) for segment in gold if not segment.blank], given)
     if fault is not None:
         return "", [fault]
     out = turn.name_prefix
-    index, place = 0, 0  # the gold segment we are in, and how far
-    for kind, text in parts:
+    index, place = 0, 0  # the original's segment we are in, and how far
+    for kind, text in _joined(parts):
         if kind is Kind.ROLE_THINKING:
-            if 0 < place < len(gold[index].text if index < len(gold) else "") and _inside_word(
-                gold[index].text, place
-            ):
+            if place and _INSIDE_WORD.match(gold[index].text, place - 1):
                 around = gold[index].text[max(0, place - 12) : place + 12]
                 return "", [Fault("splits_word", f"a thought stands inside a word, at {around!r}")]
             out = _append(out, render_segment(kind, text.strip()))
             continue
-        wanted = _squeeze(text)
-        while wanted and index < len(gold):
+        wanted = len(_squeeze(text))
+        while wanted:
             end = _advance(gold[index].text, place, wanted)
             taken = gold[index].text[place:end]
-            wanted = wanted[len(_squeeze(taken)) :]
-            out = _append(out, render_segment(gold[index].kind, taken), seam=bool(place) and out.endswith(taken))
+            wanted -= len(_squeeze(taken))
+            out = _append(out, taken if gold[index].blank else render_segment(gold[index].kind, taken))
             index, place = (index + 1, 0) if end == len(gold[index].text) else (index, end)
-    out = out.rstrip() if not turn.text[-1:].isspace() else out
+    out = out.rstrip() if turn.text == turn.text.rstrip() else out
     return out, _unchanged(turn, out)
 
 
-def _append(out: str, piece: str, *, seam: bool = False) -> str:
-    return out + piece if seam else join_seam(out, piece)
+def _joined(parts: Sequence[tuple[Kind, str]]) -> list[tuple[Kind, str]]:
+    """Neighbouring parts of one visible kind as one part: nothing stands between them."""
+    joined: list[tuple[Kind, str]] = []
+    for kind, text in parts:
+        if joined and joined[-1][0] is kind and kind is not Kind.ROLE_THINKING:
+            joined[-1] = (kind, joined[-1][1] + text)
+        else:
+            joined.append((kind, text))
+    return joined
+
+
+def _append(out: str, piece: str) -> str:
+    return join_seam(out, piece) if out else piece.lstrip()
 
 
 def _squeeze(text: str) -> str:
@@ -68,19 +79,14 @@ def _squeeze(text: str) -> str:
     return "".join(text.split()).translate(_FOLD)
 
 
-def _advance(text: str, place: int, wanted: str) -> int:
-    """Where `wanted` (squeezed) ends in text[place:], the blanks after it taken along."""
-    count = 0
-    while place < len(text) and count < len(wanted):
-        count += not text[place].isspace()
+def _advance(text: str, place: int, count: int) -> int:
+    """Where the next `count` characters that are not blank end in text[place:], with the blanks after them."""
+    while place < len(text) and count:
+        count -= not text[place].isspace()
         place += 1
     while place < len(text) and text[place].isspace():
         place += 1
     return place
-
-
-def _inside_word(text: str, place: int) -> bool:
-    return text[place - 1].isalnum() and text[place].isalnum()
 
 
 def _merge(parts: Sequence[tuple[Kind, str]]) -> list[tuple[Kind, str]]:

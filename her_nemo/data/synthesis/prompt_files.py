@@ -24,7 +24,7 @@ _ENVIRONMENT = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
-    autoescape=False,  # noqa: S701 - plain text for a model, not HTML
+    autoescape=False,  # plain text for a model, not HTML
 )
 
 

@@ -83,14 +83,17 @@ class Chapter:
 
 
 def chapters(conversations: Sequence[Conversation]) -> list[Chapter]:
-    """Conversations of the same source, book and plot, together, in order of their first appearance."""
-    found: dict[tuple[str, str, int], list[Conversation]] = {}
+    """Conversations of the same source, book and plot, together, in order of their first appearance.
+
+    A conversation whose plot is not known is a chapter by itself.
+    """
+    found: dict[tuple[str, str, str], list[Conversation]] = {}
     for conversation in conversations:
-        key = (conversation.source, conversation.book, conversation.plot_index)
-        found.setdefault(key, []).append(conversation)
+        plot = conversation.plot_index
+        place = conversation.conversation_id if plot is None else f"plot {plot}"
+        found.setdefault((conversation.source, conversation.book, place), []).append(conversation)
     return [
-        Chapter(f"{book} plot {plot} ({source})" if source else f"{book} plot {plot}", tuple(group))
-        for (source, book, plot), group in found.items()
+        Chapter(" / ".join(part for part in key if part), tuple(group)) for key, group in found.items()
     ]
 
 
