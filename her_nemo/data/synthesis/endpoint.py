@@ -97,10 +97,12 @@ class Endpoint:
         self._requests_limit = RateLimiter(limits.requests_per_minute)
         self._tokens_limit = RateLimiter(limits.tokens_per_minute)
         self._paused_until = 0.0
+        self._slots = asyncio.Semaphore(limits.concurrency)
         self._client = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(limits.timeout_seconds, connect=min(30.0, limits.timeout_seconds)),
-            limits=httpx.Limits(max_connections=limits.concurrency),
+            # No waiting for a free connection is timed: the slots see to it that there is one.
+            timeout=httpx.Timeout(limits.timeout_seconds, connect=min(30.0, limits.timeout_seconds), pool=None),
+            limits=httpx.Limits(max_connections=None),
         )
 
     async def __aenter__(self) -> Endpoint:
@@ -170,7 +172,8 @@ class Endpoint:
             self.requests += 1
             wait = 0.0
             try:
-                response = await self._client.request(method, self.base_url + path, json=body)
+                async with self._slots:
+                    response = await self._client.request(method, self.base_url + path, json=body)
                 if response.is_success:
                     answer = read(response.json())
                     self._in_a_row = 0

@@ -70,12 +70,12 @@ def speaks_of_self_by_name(text: str, name: str) -> bool:
     return bool(re.search(rf"\b{re.escape(fold(name))}\s+{_STATES}\b", fold(text)))
 
 
-def shared_run(text: str, other: str, length: int) -> str:
-    """The first run of `length` words of `text` that also stands in `other`; '' when there is none."""
-    theirs = words(other)
-    runs = {tuple(theirs[i : i + length]) for i in range(len(theirs) - length + 1)}
-    ours = words(text)
-    for i in range(len(ours) - length + 1):
-        if tuple(ours[i : i + length]) in runs:
-            return " ".join(ours[i : i + length])
-    return ""
+def shared_run(text: str, other: str, length: int, known: str = "") -> str:
+    """The first run of `length` words of `text` that also stands in `other` and not in `known`; '' without one."""
+
+    def runs(of: str) -> list[tuple[str, ...]]:
+        found = words(of)
+        return [tuple(found[i : i + length]) for i in range(len(found) - length + 1)]
+
+    wanted = set(runs(other)) - set(runs(known))
+    return next((" ".join(run) for run in runs(text) if run in wanted), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -70,6 +70,16 @@ async def run_units(
         await asyncio.gather(*tasks, return_exceptions=True)
         bar.close()
     return [outcomes[index] for index in range(len(units))]
+
+
+async def all_of(work: Iterable[Awaitable[Result]]) -> list[Result]:
+    """All results; when some fail, waits for the rest (they are paid for, and cached) and raises the gravest."""
+    done = await asyncio.gather(*work, return_exceptions=True)
+    failures = [result for result in done if isinstance(result, BaseException)]
+    failures.sort(key=lambda failure: isinstance(failure, Quarantined))
+    for failure in failures:
+        raise failure
+    return [result for result in done if not isinstance(result, BaseException)]
 
 
 def _spent(asker: Asker) -> str:
