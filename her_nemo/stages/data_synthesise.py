@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 
 from her_nemo.config.synthesis import SynthesiseConfig
-from her_nemo.data.synthesis import pipeline
+from her_nemo.data.synthesis import pipeline, principles
 from her_nemo.data.synthesis.asker import Asker
 from her_nemo.data.synthesis.cache import AnswerCache
 from her_nemo.data.synthesis.endpoint import Endpoint
@@ -23,14 +23,23 @@ def run(cfg: SynthesiseConfig) -> int:
 
 
 async def _run(cfg: SynthesiseConfig) -> None:
-    conversations = pipeline.load(cfg.source)
     cache = AnswerCache(cfg.cache_dir or Path(cfg.out) / "cache")
+    if cfg.stage == "principles":
+        principles.require_scikit_learn()
+        conversations = []
+    else:
+        conversations = pipeline.load(cfg.source)
     async with Endpoint(cfg.endpoint, cfg.limits, cfg.api_key_env) as endpoint:
         asker = Asker(cfg, endpoint, cache, await endpoint.identity(cfg.model))
-        results = await pipeline.synthesise(cfg, conversations, asker)
-        report = pipeline.write_results(cfg, conversations, results)
+        if cfg.stage == "principles":
+            report, count = await pipeline.distil_principles(cfg, asker)
+            done = f"{count} principles in {Path(cfg.out) / 'library.yaml'}"
+        else:
+            results = await pipeline.synthesise(cfg, conversations, asker)
+            report = pipeline.write_results(cfg, conversations, results)
+            done = (
+                f"{report.conversations} conversations = {report.written} written + {report.quarantined} "
+                f"quarantined, in {cfg.out}"
+            )
         pipeline.finish(report, cfg, asker)
-    print(
-        f"{cfg.name}: {report.conversations} conversations = {report.written} written + {report.quarantined} "
-        f"quarantined, in {cfg.out}"
-    )
+    print(f"{cfg.name}: {done}")

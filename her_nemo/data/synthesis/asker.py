@@ -6,12 +6,14 @@ that was killed replays its way to where it was without asking anything twice.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -111,6 +113,8 @@ class Asker:
     asked: Bill = field(default_factory=Bill)  # new in this run
     replayed: Bill = field(default_factory=Bill)  # from the cache
     faults: Counter[str] = field(default_factory=Counter)
+    _embedders: dict[str, dict[str, str]] = field(default_factory=dict)
+    _under_way: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def ask(
         self,
@@ -173,22 +177,44 @@ class Asker:
         """(completion, cache key, was it cached)."""
         request = self._request(messages, answer_type, attempt)
         key = cache_key(self.identity, request, attempt)
+        # Two units may ask the very same thing: the second waits for the first one's answer.
+        async with self._under_way.setdefault(key, asyncio.Lock()):
+            stored = self.cache.get(key)
+            if stored is not None:
+                completion = Completion(**stored["completion"])
+                self.replayed.add(completion)
+                return completion, key, True
+            self._check_budget()
+            try:
+                completion = await self.endpoint.complete(request)
+            except EndpointFailure as failure:
+                fault = Fault(f"endpoint_{failure.kind}", str(failure))
+                self.faults[fault.kind] += 1
+                raise Quarantined([fault], "", trace) from failure
+            self.asked.add(completion)
+            body = {"identity": self.identity, "prompt": str(prompt), "attempt": attempt, "request": request}
+            self.cache.put(key, body | {"completion": vars(completion)})
+            return completion, key, False
+
+    async def embed(self, model: str, texts: list[str]) -> list[list[float]]:
+        """One vector per text from the endpoint's embedding model, cached like an answer.
+
+        Raises:
+            UserError: if the endpoint fails; without vectors nothing can be clustered.
+        """
+        request = {"model": model, "input": texts}
+        if model not in self._embedders:
+            self._embedders[model] = await self.endpoint.identity(model)
+        key = cache_key(self._embedders[model], request, 1)
         stored = self.cache.get(key)
         if stored is not None:
-            completion = Completion(**stored["completion"])
-            self.replayed.add(completion)
-            return completion, key, True
-        self._check_budget()
+            return stored["embeddings"]
         try:
-            completion = await self.endpoint.complete(request)
+            rows = await self.endpoint.embed(model, texts)
         except EndpointFailure as failure:
-            fault = Fault(f"endpoint_{failure.kind}", str(failure))
-            self.faults[fault.kind] += 1
-            raise Quarantined([fault], "", trace) from failure
-        self.asked.add(completion)
-        body = {"identity": self.identity, "prompt": str(prompt), "attempt": attempt, "request": request}
-        self.cache.put(key, body | {"completion": vars(completion)})
-        return completion, key, False
+            raise UserError(f"principles.embedding_model={model}: {failure}") from failure
+        self.cache.put(key, {"identity": self._embedders[model], "request": request, "embeddings": rows})
+        return rows
 
     def _request(
         self, messages: list[Message], answer_type: type[Answer] | None, attempt: int

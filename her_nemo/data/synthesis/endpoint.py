@@ -165,20 +165,21 @@ class Endpoint:
         for attempt in range(self.limits.retries + 1):
             if attempt:
                 self.retries += 1
-            await self._requests_limit.acquire()
-            await self._tokens_limit.acquire(tokens)
-            while (pause := self._paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            self.requests += 1
             wait = 0.0
             try:
                 async with self._slots:
+                    # In here, so that no more is reserved than is about to be sent.
+                    await self._requests_limit.acquire()
+                    await self._tokens_limit.acquire(tokens)
+                    while (pause := self._paused_until - time.monotonic()) > 0:
+                        await asyncio.sleep(pause)
+                    self.requests += 1
                     response = await self._client.request(method, self.base_url + path, json=body)
-                if response.is_success:
-                    answer = read(response.json())
-                    self._in_a_row = 0
-                    return answer
-                failure, wait = self._refused(response)
+                    if response.is_success:
+                        answer = read(response.json())
+                        self._in_a_row = 0
+                        return answer
+                    failure, wait = self._refused(response)
             except httpx.TimeoutException:
                 failure = EndpointFailure("timeout", f"no answer in {self.limits.timeout_seconds:g} s")
             except (httpx.TransportError, httpx.DecodingError) as error:

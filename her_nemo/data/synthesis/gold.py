@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from her_nemo.data.synthesis.asker import Fault
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.text import join_seam
-from her_nemo.roleplay.turn import Turn, parse_turn, render_segment
+from her_nemo.roleplay.turn import Segment, Turn, parse_turn, render_segment
 from her_nemo.roleplay.views import Reader, view
 
 _INSIDE_WORD = re.compile(r"[\w'\u2019]{2}")
@@ -43,9 +43,8 @@ def insert_thoughts(turn: Turn, parts: Sequence[tuple[Kind, str]]) -> tuple[str,
     index, place = 0, 0  # the original's segment we are in, and how far
     for kind, text in _joined(parts):
         if kind is Kind.ROLE_THINKING:
-            if place and _INSIDE_WORD.match(gold[index].text, place - 1):
-                around = gold[index].text[max(0, place - 12) : place + 12]
-                return "", [Fault("splits_word", f"a thought stands inside a word, at {around!r}")]
+            if place and (cut := _bad_cut(gold[index], place)):
+                return "", [cut]
             out = _append(out, render_segment(kind, text.strip()))
             continue
         wanted = len(_squeeze(text))
@@ -57,6 +56,16 @@ def insert_thoughts(turn: Turn, parts: Sequence[tuple[Kind, str]]) -> tuple[str,
             index, place = (index + 1, 0) if end == len(gold[index].text) else (index, end)
     out = out.rstrip() if turn.text == turn.text.rstrip() else out
     return out, _unchanged(turn, out)
+
+
+def _bad_cut(segment: Segment, place: int) -> Fault | None:
+    """What is wrong with a thought that stands inside a segment. An action cut in two would be seen as two."""
+    around = segment.text[max(0, place - 12) : place + 12]
+    if segment.kind is Kind.ROLE_ACTION:
+        return Fault("splits_action", f"a thought stands inside an action, at {around!r}; put it before or after")
+    if _INSIDE_WORD.match(segment.text, place - 1):
+        return Fault("splits_word", f"a thought stands inside a word, at {around!r}")
+    return None
 
 
 def _joined(parts: Sequence[tuple[Kind, str]]) -> list[tuple[Kind, str]]:

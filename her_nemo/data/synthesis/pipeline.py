@@ -7,17 +7,20 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.data.records import Conversation, read_conversations, write_conversations
-from her_nemo.data.synthesis import role_thinking
+from her_nemo.data.sources import read_jsonl
+from her_nemo.data.synthesis import principles, role_thinking, settings, system_thinking
 from her_nemo.data.synthesis.asker import Asker, Bill
+from her_nemo.data.synthesis.part import CharacterPart, parts
 from her_nemo.data.synthesis.prompt_files import PromptFile, load_prompt
 from her_nemo.data.synthesis.runner import Outcome, run_units
+from her_nemo.roleplay.principles import write_library
 
 STEPS = ("role_thinking", "system_thinking", "settings")
 
@@ -108,7 +111,92 @@ async def _role_thinking(cfg: SynthesiseConfig, conversations: list[Conversation
     )
 
 
-_STEPS: dict[str, Callable[..., Any]] = {"role_thinking": _role_thinking}
+async def _system_thinking(cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker) -> StepResult:
+    forward, rewrite = prompt(cfg, "system_thinking_forward"), prompt(cfg, "system_thinking_rewrite")
+    sides = parts(conversations)
+    units = [system_thinking.unit(side, asker, forward, rewrite, cfg.system_thinking) for side in sides]
+    outcomes = await run_units(
+        units, asker, concurrency=cfg.limits.concurrency, title="system thinking, characters"
+    )
+    plans: dict[str, dict[int, str]] = {}
+    for side, outcome in zip(sides, outcomes, strict=True):
+        plans.setdefault(side.conversation.conversation_id, {}).update(outcome.result or {})
+    planned = [_with_plans(c, plans.get(c.conversation_id, {})) for c in conversations]
+    return StepResult("system_thinking", planned, outcomes, _touched(sides))
+
+
+def _with_plans(conversation: Conversation, plans: Mapping[int, str]) -> Conversation:
+    turns = (replace(turn, plan=plans.get(i, turn.plan)) for i, turn in enumerate(conversation.turns))
+    return replace(conversation, turns=tuple(turns))
+
+
+async def _settings(cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker) -> StepResult:
+    gaps, lookup = prompt(cfg, "settings_gaps"), prompt(cfg, "settings_lookup")
+    sides = parts(conversations)
+    units = [settings.unit(side, asker, gaps, lookup, cfg.settings) for side in sides]
+    outcomes = await run_units(units, asker, concurrency=cfg.limits.concurrency, title="settings, characters")
+    profiles: dict[str, dict[str, str]] = {}
+    for side, outcome in zip(sides, outcomes, strict=True):
+        if outcome.result is not None:
+            assert outcome.result.startswith(side.character.profile), "settings only add"
+            profiles.setdefault(side.conversation.conversation_id, {})[side.character.name] = outcome.result
+    told = [_with_profiles(c, profiles.get(c.conversation_id, {})) for c in conversations]
+    return StepResult("settings", told, outcomes, _touched(sides))
+
+
+def _with_profiles(conversation: Conversation, profiles: Mapping[str, str]) -> Conversation:
+    characters = (replace(who, profile=profiles.get(who.name, who.profile)) for who in conversation.characters)
+    return replace(conversation, characters=tuple(characters))
+
+
+def _touched(sides: Sequence[CharacterPart]) -> dict[str, list[str]]:
+    return {side.name: [side.conversation.conversation_id] for side in sides}
+
+
+_STEPS: dict[str, Callable[..., Any]] = {
+    "role_thinking": _role_thinking,
+    "system_thinking": _system_thinking,
+    "settings": _settings,
+}
+
+
+async def distil_principles(cfg: SynthesiseConfig, asker: Asker) -> tuple[Report, int]:
+    """Pairs -> cases.jsonl -> clusters -> library.yaml; the report, and how many principles there are."""
+    principles.require_scikit_learn()
+    pairs, _ = read_jsonl(cfg.source, "pairs")
+    concurrency = cfg.limits.concurrency
+    case_prompt, distil_prompt = prompt(cfg, "principles_case"), prompt(cfg, "principles_distil")
+    by_case = await run_units(
+        [principles.case_unit(pair, asker, case_prompt) for pair in pairs],
+        asker,
+        concurrency=concurrency,
+        title="principles, cases",
+    )
+    cases = [case for outcome in by_case for case in outcome.result or ()]
+    groups, alone = await principles.clusters(cases, asker, cfg.principles)
+    distilled = await run_units(
+        [principles.distil_unit(group, i, asker, distil_prompt) for i, group in enumerate(groups, start=1)],
+        asker,
+        concurrency=concurrency,
+        title="principles, clusters",
+    )
+    library = principles.distinct([outcome.result for outcome in distilled if outcome.result is not None])
+    out = Path(cfg.out)
+    write_jsonl(
+        out / "cases.jsonl",
+        (
+            {"trace_id": outcome.name, **case.model_dump(mode="json")}
+            for outcome in by_case
+            for case in outcome.result or ()
+        ),
+    )
+    _replace(out / "library.yaml", lambda path: path.write_text(write_library(library), "utf-8"))
+    write_units(out, [("principles_case", by_case), ("principles_distil", distilled)])
+    report = Report(cfg.name, cfg.stage)
+    record_units(report, "principles_case", by_case)
+    record_units(report, "principles_distil", distilled)
+    print(f"{len(cases)} case principles: {len(groups)} clusters, {alone} cases in none of them")
+    return report, len(library)
 
 
 # ---------------------------------------------------------------- files
@@ -162,6 +250,7 @@ def record_units(report: Report, step: str, outcomes: Sequence[Outcome[Any]]) ->
         "done": len(outcomes) - quarantined,
         "quarantined": quarantined,
         "answers": sum(len(outcome.trace) for outcome in outcomes),
+        "without_work": sum(not outcome.trace and not outcome.quarantined for outcome in outcomes),
     }
     report.prompts = sorted({*report.prompts, *(asked.prompt for o in outcomes for asked in o.trace)})
 

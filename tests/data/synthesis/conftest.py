@@ -12,12 +12,10 @@ import pytest
 # Test modules import the helpers beside them by name.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from scripted_endpoint import Script, ScriptedEndpoint
+from scripted_endpoint import QUICK, Script, ScriptedEndpoint
 
 from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.stages import data_synthesise
-
-QUICK = {"backoff_seconds": 0.01, "timeout_seconds": 5.0, "retries": 3, "concurrency": 4}
 
 
 @pytest.fixture

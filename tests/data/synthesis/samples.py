@@ -66,7 +66,7 @@ def small(plot: int = 0, turns: int = 6) -> Conversation:
         conversation_index=0,
         scenario="A village well at dusk.",
         topic="Who moved the stone?",
-        background="The well of the village has been tampered with.",
+        background=f"The well of village {plot} has been tampered with.",
         characters=(
             Character("Ada", "Ada keeps the village's well and trusts her eyes.", "She wants the truth."),
             Character("Ben", "Ben is her neighbour, a carpenter.", "He wants to hide what he did."),
@@ -117,3 +117,43 @@ def edited(count: int, number: int, speaker: str, text: str) -> list[dict[str, s
             parts.append(thought)
         parts += halves[index : index + 1]
     return [{"kind": kind.value, "text": body} for kind, body in parts]
+
+
+def plan(name: str, number: int) -> str:
+    """A plan of about 900 characters that quotes nothing."""
+    sentences = [
+        f"Before move {number} {name} takes stock of the room and of who is listening.",
+        f"{name} has more to lose than it seems and would rather be thought slow than be caught out.",
+        f"Two ways lie open: to press on at once, or to give ground and let the other party show its hand.",
+        f"Pressing on would suit a bolder temper; {name} has always gained more by patience.",
+    ]
+    text = " ".join(sentences)
+    while len(text) < 820:
+        text += f" What counts most for {name} at stage {number} is measure number {len(text)}."
+    return text
+
+
+def good(request: dict[str, Any]) -> dict[str, Any]:
+    """A good answer to any prompt of ours, told apart by the schema that is asked for."""
+    user, system = request["messages"][1]["content"], request["messages"][0]["content"]
+    kind = request["response_format"]["json_schema"]["name"]
+    if kind == "RoleThinkingAnswer":
+        return thoughtful(request)
+    if kind == "ForwardAnswer":
+        name = re.search(r"You are (.+?) from ", system)[1]
+        return {"reasoning": plan(name, 1), "reply": f"{name}: Very well."}
+    if kind == "RewriteAnswer":
+        name = re.match(r"(.+) from ", user)[1]
+        numbers = [int(n) for n in re.findall(r"^\[(\d+)\] Raw plan", user, re.MULTILINE)]
+        actions = [{"action": "keep", "plan": ""}, {"action": "write"}]
+        entries = [{"turn": n, "plan": plan(name, n), **actions[i % 2]} for i, n in enumerate(numbers)]
+        return {"plans": entries}
+    if kind == "GapsAnswer":
+        number = int(re.search(r"^\[(\d+)\]", user, re.MULTILINE)[1])
+        return {"gaps": [{"turn": number, "behaviour": "Reads the stone.", "question": "stone, mason, marks?"}]}
+    if kind == "LookupAnswer":
+        name = re.match(r"(.+) from ", user)[1]
+        evidence = " ".join(user.split("Passages")[1].split()[:8])
+        text = f"{name} grew up around craftsmen and can tell how a thing was done by looking at it."
+        return {"additions": [{"gap": 1, "found": True, "text": text, "evidence": evidence}]}
+    raise AssertionError(f"no answer for {kind}")

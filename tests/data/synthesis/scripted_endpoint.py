@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+# limits.* that do not make a test wait.
+QUICK = {"backoff_seconds": 0.01, "timeout_seconds": 5.0, "retries": 3, "concurrency": 4}
+
 
 @dataclass
 class Reply:
