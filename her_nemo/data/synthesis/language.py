@@ -24,6 +24,10 @@ _HEDGE = re.compile(
     r"as though|says?|said|told|swears?|claims?|can|does|do|did|will|let|never|not|who|what|how|why)\b"
 )
 
+_AFTERTHOUGHT = re.compile(
+    r",\s*(?:perhaps|maybe|surely|probably|no doubt|it seems|i (?:think|fear|hope|suppose|suspect|guess|believe))\b"
+)
+
 
 def fold(text: str) -> str:
     """Lower case, straight quotes, NFKC: for comparing only."""
@@ -59,9 +63,8 @@ def mind_reading(text: str, others: Iterable[str]) -> Iterator[str]:
         found = stated.search(sentence)
         if found is None or "?" in sentence:
             continue
-        # The verb of mind itself must not count as its own hedge ("he hopes").
-        rest = sentence[: found.start()] + " " + sentence[found.end() :]
-        if not _HEDGE.search(rest):
+        # A hedge counts before the statement, or as an afterthought ("he knows, I fear").
+        if not (_HEDGE.search(sentence[: found.start()]) or _AFTERTHOUGHT.search(sentence[found.end() :])):
             yield " ".join(sentence.split())
 
 
