@@ -17,7 +17,9 @@ class SynthesisSampling(Section):
     temperature: NonNegativeFloat = knob(0.7, "0 is greedy.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling; 1 turns it off.")
     max_tokens: PositiveInt = knob(8192, "Longest answer, tokens.")
-    seed: NonNegativeInt | None = knob(None, "Seed sent with each request (plus the attempt); null sends none.")
+    seed: NonNegativeInt | None = knob(
+        None, "Seed sent with each request (plus the attempt); null sends none."
+    )
 
 
 class Limits(Section):
@@ -29,7 +31,9 @@ class Limits(Section):
         None, "Tokens per minute, prompts and answers together; null sets no limit."
     )
     timeout_seconds: PositiveFloat = knob(600.0, "Longest wait for one answer.")
-    retries: NonNegativeInt = knob(6, "Retries after 408, 409, 425, 429, 5xx, a lost connection or a time-out.")
+    retries: NonNegativeInt = knob(
+        6, "Retries after 408, 409, 425, 429, 5xx, a lost connection or a time-out."
+    )
     backoff_seconds: PositiveFloat = knob(
         1.0, "First wait before a retry; doubled each time, with jitter. Retry-After wins where it is longer."
     )
@@ -52,7 +56,9 @@ class Prices(Section):
 class RoleThinking(Section):
     """`role_thinking.*`: what a chapter's thoughts must be."""
 
-    min_patterns: PositiveInt = knob(5, "Different segment patterns a chapter needs (or as many as its turns).")
+    min_patterns: PositiveInt = knob(
+        5, "Different segment patterns a chapter needs (or as many as its turns)."
+    )
     max_same_running: PositiveInt = knob(2, "Turns in a row that may have the same pattern.")
     min_characters: PositiveInt = knob(50, "Shortest new thought, characters.")
     max_characters: PositiveInt = knob(200, "Longest new thought, characters.")
@@ -95,8 +101,12 @@ class SynthesiseConfig(Section):
     """`her-nemo data synthesise`."""
 
     name: str = required("Name of the run.")
-    stage: SynthesisStage = required("What to write: role_thinking, system_thinking, settings, all, principles.")
-    source: str = required("Conversations (JSONL or Parquet from data ingest); for principles preference pairs.")
+    stage: SynthesisStage = required(
+        "What to write: role_thinking, system_thinking, settings, all, principles."
+    )
+    source: str = required(
+        "Conversations (JSONL or Parquet from data ingest); for principles preference pairs."
+    )
     out: str = required("Directory for the results.")
     endpoint: str = required("Base URL of an OpenAI-compatible API, e.g. http://localhost:8000/v1.")
     model: str = required("The model's name at the endpoint.")
@@ -113,7 +123,9 @@ class SynthesiseConfig(Section):
     )
     cache_dir: str | None = knob(None, "Directory of cached answers; null: <out>/cache.")
     prompts_dir: str | None = knob(None, "Directory of prompt files to use before the packaged ones.")
-    prompt_versions: dict[str, int] = knob({}, "Version by prompt name, e.g. {role_thinking: 1}; newest otherwise.")
+    prompt_versions: dict[str, int] = knob(
+        {}, "Version by prompt name, e.g. {role_thinking: 1}; newest otherwise."
+    )
     sampling: SynthesisSampling = SynthesisSampling()
     limits: Limits = Limits()
     prices: Prices = Prices()

@@ -75,7 +75,9 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         try:
             yield Conversation.from_row(row)
         except (TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a conversation: {error}. Run her-nemo data ingest first.") from error
+            raise UserError(
+                f"{path}:{number}: not a conversation: {error}. Run her-nemo data ingest first."
+            ) from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

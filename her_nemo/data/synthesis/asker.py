@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -135,7 +135,9 @@ class Asker:
         text = ""
         conversation = list(messages)
         for attempt in range(1, self.cfg.attempts + 1):
-            completion, key, cached = await self._completion(prompt, conversation, answer_type, attempt, trace)
+            completion, key, cached = await self._completion(
+                prompt, conversation, answer_type, attempt, trace
+            )
             text = completion.text
             answer, faults = _validate(completion, answer_type, self.cfg.sampling.max_tokens)
             if answer is not None:
@@ -267,6 +269,8 @@ def _refuse_control_tokens(messages: Sequence[Message]) -> None:
                 raise Quarantined([Fault("control_token", f"the source text contains {token}")], "")
 
 
+# C0 without tab and line breaks, DEL, C1, and half a surrogate pair: nothing a reader could see.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
@@ -283,14 +287,32 @@ def _validate(
     if any(token in text for token in CONTROL_TOKENS):
         return None, [Fault("control_token", f"the answer contains one of {', '.join(CONTROL_TOKENS)}")]
     try:
-        return answer_type.model_validate_json(text), []
+        # Guided decoding lets raw control characters into strings; JSON does not, Python may.
+        body = json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON: {error}. Give one JSON object and nothing else"
+        return None, [Fault("bad_json", message)]
+    strange = sorted({hex(ord(char)) for string in _strings(body) for char in _CONTROL.findall(string)})
+    if strange:
+        return None, [
+            Fault("control_character", f"a text contains the control character {', '.join(strange[:5])}")
+        ]
+    try:
+        return answer_type.model_validate_json(json.dumps(body)), []
     except ValidationError as error:
         return None, [_schema_fault(problem) for problem in error.errors()[:SHOWN_DEFECTS]]
 
 
+def _strings(body: Any) -> Iterator[str]:
+    """Every string of a JSON value."""
+    if isinstance(body, str):
+        yield body
+    elif isinstance(body, dict | list):
+        for value in body.values() if isinstance(body, dict) else body:
+            yield from _strings(value)
+
+
 def _schema_fault(problem: Any) -> Fault:
-    if problem["type"] == "json_invalid":
-        return Fault("bad_json", f"not JSON: {problem['ctx']['error']}. Give one JSON object and nothing else")
     place = ".".join(str(part) for part in problem["loc"]) or "the object"
     return Fault("bad_schema", f"{place}: {problem['msg']}")
 

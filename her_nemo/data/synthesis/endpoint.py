@@ -101,7 +101,9 @@ class Endpoint:
         self._client = httpx.AsyncClient(
             headers=headers,
             # No waiting for a free connection is timed: the slots see to it that there is one.
-            timeout=httpx.Timeout(limits.timeout_seconds, connect=min(30.0, limits.timeout_seconds), pool=None),
+            timeout=httpx.Timeout(
+                limits.timeout_seconds, connect=min(30.0, limits.timeout_seconds), pool=None
+            ),
             limits=httpx.Limits(max_connections=None),
         )
 
@@ -186,7 +188,9 @@ class Endpoint:
                 failure = EndpointFailure("connection", f"{type(error).__name__}: {error}".rstrip(": "))
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 # json.JSONDecodeError is a ValueError.
-                failure = EndpointFailure("bad_body", f"not an OpenAI answer: {type(error).__name__}: {error}")
+                failure = EndpointFailure(
+                    "bad_body", f"not an OpenAI answer: {type(error).__name__}: {error}"
+                )
             if attempt < self.limits.retries:
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
         self._count_failure(method, path, failure)

@@ -62,7 +62,9 @@ def _bad_cut(segment: Segment, place: int) -> Fault | None:
     """What is wrong with a thought that stands inside a segment. An action cut in two would be seen as two."""
     around = segment.text[max(0, place - 12) : place + 12]
     if segment.kind is Kind.ROLE_ACTION:
-        return Fault("splits_action", f"a thought stands inside an action, at {around!r}; put it before or after")
+        return Fault(
+            "splits_action", f"a thought stands inside an action, at {around!r}; put it before or after"
+        )
     if _INSIDE_WORD.match(segment.text, place - 1):
         return Fault("splits_word", f"a thought stands inside a word, at {around!r}")
     return None
@@ -137,7 +139,9 @@ def _unchanged(turn: Turn, text: str) -> list[Fault]:
         ("role_action", turn.text_of(Kind.ROLE_ACTION), new.text_of(Kind.ROLE_ACTION)),
     ):
         if "".join(before.split()) != "".join(after.split()):
-            faults.append(Fault("changed_gold", f"the {what} would change: {before[:80]!r} to {after[:80]!r}"))
+            faults.append(
+                Fault("changed_gold", f"the {what} would change: {before[:80]!r} to {after[:80]!r}")
+            )
     if not editable(new):
         faults.append(Fault("malformed", f"the turn would not be well formed: {', '.join(new.defects)}"))
     return faults

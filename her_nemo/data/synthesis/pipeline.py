@@ -76,7 +76,9 @@ def load(path: str) -> list[Conversation]:
     return conversations
 
 
-async def synthesise(cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker) -> list[StepResult]:
+async def synthesise(
+    cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker
+) -> list[StepResult]:
     """One step, or all of them in turn. A conversation that a step could not finish leaves the line there,
     unless cfg.keep_quarantined."""
     results: list[StepResult] = []
@@ -91,7 +93,9 @@ async def synthesise(cfg: SynthesiseConfig, conversations: list[Conversation], a
     return results
 
 
-async def _role_thinking(cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker) -> StepResult:
+async def _role_thinking(
+    cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker
+) -> StepResult:
     text = prompt(cfg, "role_thinking")
     chapters = role_thinking.chapters(conversations)
     units = [role_thinking.unit(chapter, asker, text, cfg.role_thinking) for chapter in chapters]
@@ -111,7 +115,9 @@ async def _role_thinking(cfg: SynthesiseConfig, conversations: list[Conversation
     )
 
 
-async def _system_thinking(cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker) -> StepResult:
+async def _system_thinking(
+    cfg: SynthesiseConfig, conversations: list[Conversation], asker: Asker
+) -> StepResult:
     forward, rewrite = prompt(cfg, "system_thinking_forward"), prompt(cfg, "system_thinking_rewrite")
     sides = parts(conversations)
     units = [system_thinking.unit(side, asker, forward, rewrite, cfg.system_thinking) for side in sides]
@@ -145,7 +151,9 @@ async def _settings(cfg: SynthesiseConfig, conversations: list[Conversation], as
 
 
 def _with_profiles(conversation: Conversation, profiles: Mapping[str, str]) -> Conversation:
-    characters = (replace(who, profile=profiles.get(who.name, who.profile)) for who in conversation.characters)
+    characters = (
+        replace(who, profile=profiles.get(who.name, who.profile)) for who in conversation.characters
+    )
     return replace(conversation, characters=tuple(characters))
 
 
@@ -220,11 +228,15 @@ def only_run(out: Path) -> Any:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"out={out}: another run is writing there; wait for it or give another out") from None
+            raise UserError(
+                f"out={out}: another run is writing there; wait for it or give another out"
+            ) from None
         yield
 
 
-def write_results(cfg: SynthesiseConfig, before: Sequence[Conversation], results: Sequence[StepResult]) -> Report:
+def write_results(
+    cfg: SynthesiseConfig, before: Sequence[Conversation], results: Sequence[StepResult]
+) -> Report:
     """conversations.jsonl, quarantined_conversations.jsonl, quarantine.jsonl and provenance.jsonl under cfg.out."""
     out = Path(cfg.out)
     failed = set() if cfg.keep_quarantined else set().union(*(result.failed for result in results))
@@ -298,7 +310,9 @@ def finish(report: Report, cfg: SynthesiseConfig, asker: Asker) -> None:
     }
     _replace(
         Path(cfg.out) / "summary.json",
-        lambda path: path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", "utf-8"),
+        lambda path: path.write_text(
+            json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", "utf-8"
+        ),
     )
     for step, counts in report.units.items():
         print(f"{step}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -308,7 +322,8 @@ def finish(report: Report, cfg: SynthesiseConfig, asker: Asker) -> None:
         cost = asker.cost(bill)
         print(
             f"{title}: {bill.requests} answers, {bill.prompt_tokens:,} prompt and {bill.completion_tokens:,} "
-            f"answer tokens" + (f", cost {cost:.4f}" if cost is not None else "")
+            f"answer tokens"
+            + (f", cost {cost:.4f}" if cost is not None else "")
             + (f" ({bill.without_usage} without a count)" if bill.without_usage else "")
         )
 

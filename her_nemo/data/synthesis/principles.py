@@ -102,7 +102,9 @@ def check_case(pair: Mapping[str, Any], answer: CaseAnswer) -> list[Fault]:
     replies = " \n ".join(" ".join(language.words(pair[key])) for key in ("chosen", "rejected"))
     named = names_in(pair["messages"])
     for index, principle in enumerate(answer.principles, start=1):
-        for fault in definition_faults(f"{principle.name}. {principle.definition}", principle.definition, named):
+        for fault in definition_faults(
+            f"{principle.name}. {principle.definition}", principle.definition, named
+        ):
             faults.append(Fault(fault.kind, f"principle {index}: {fault.message}"))
         evidence = " ".join(language.words(principle.evidence))
         if not evidence or evidence not in replies:
@@ -203,7 +205,9 @@ def distil_unit(cluster: Cluster, number: int, asker: Asker, prompt: PromptFile)
         def check(answer: DistilledPrinciple) -> list[Fault]:
             faults = definition_faults(answer.name, answer.definition, ())
             if answer.polarity is not cluster.polarity:
-                message = f"the observations are {cluster.polarity.value}, the principle {answer.polarity.value}"
+                message = (
+                    f"the observations are {cluster.polarity.value}, the principle {answer.polarity.value}"
+                )
                 faults.append(Fault("polarity", message))
             return faults
 

@@ -83,4 +83,6 @@ def load_prompt(name: str, version: int | None = None, directory: str | Path | N
             raise UserError(f"{found[number]}: needs a line [system], a text, a line [user], a text")
         digest = hashlib.sha256(raw).hexdigest()[:16]
         return PromptFile(name, number, digest, parts["system"], parts["user"])
-    raise UserError(f"no prompt named {name!r} in {' or '.join(str(folder) for folder in [*folders, PACKAGED])}")
+    raise UserError(
+        f"no prompt named {name!r} in {' or '.join(str(folder) for folder in [*folders, PACKAGED])}"
+    )

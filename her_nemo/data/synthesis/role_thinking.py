@@ -92,9 +92,7 @@ def chapters(conversations: Sequence[Conversation]) -> list[Chapter]:
         plot = conversation.plot_index
         place = conversation.conversation_id if plot is None else f"plot {plot}"
         found.setdefault((conversation.source, conversation.book, place), []).append(conversation)
-    return [
-        Chapter(" / ".join(part for part in key if part), tuple(group)) for key, group in found.items()
-    ]
+    return [Chapter(" / ".join(part for part in key if part), tuple(group)) for key, group in found.items()]
 
 
 def unit(chapter: Chapter, asker: Asker, prompt: PromptFile, rules: RoleThinking) -> Unit[list[Conversation]]:
@@ -159,7 +157,9 @@ def apply(
             continue
         text, wrong = _edited(line, edit, lines, rules)
         texts[edit.turn] = text
-        faults += [Fault(fault.kind, f"turn {edit.turn} ({line.speaker}): {fault.message}") for fault in wrong]
+        faults += [
+            Fault(fault.kind, f"turn {edit.turn} ({line.speaker}): {fault.message}") for fault in wrong
+        ]
     if not faults:
         faults += _pattern_faults(lines, texts, rules)
     return texts, faults
@@ -169,7 +169,9 @@ def _edited(
     line: _Line, edit: EditedTurn, lines: Sequence[_Line], rules: RoleThinking
 ) -> tuple[str, list[Fault]]:
     parts = [(Kind(part.kind), part.text) for part in edit.parts]
-    before = [segment.text.strip() for segment in line.turn.segments if _is_thought(segment.kind, segment.text)]
+    before = [
+        segment.text.strip() for segment in line.turn.segments if _is_thought(segment.kind, segment.text)
+    ]
     after = [text.strip() for kind, text in parts if kind is Kind.ROLE_THINKING]
     faults = []
     if len(after) < len(before):
@@ -186,15 +188,15 @@ def _is_thought(kind: Kind, text: str) -> bool:
     return kind is Kind.ROLE_THINKING and bool(text.strip())
 
 
-def _thought_faults(
-    thought: str, line: _Line, lines: Sequence[_Line], rules: RoleThinking
-) -> list[Fault]:
+def _thought_faults(thought: str, line: _Line, lines: Sequence[_Line], rules: RoleThinking) -> list[Fault]:
     """Length, tags, person, mind reading of one new thought."""
     shown = thought if len(thought) <= 60 else thought[:57] + "..."
     faults = []
     if not rules.min_characters <= len(thought) <= rules.max_characters:
         limits = f"{rules.min_characters} to {rules.max_characters}"
-        faults.append(Fault("thought_length", f"the thought {shown!r} has {len(thought)} characters, not {limits}"))
+        faults.append(
+            Fault("thought_length", f"the thought {shown!r} has {len(thought)} characters, not {limits}")
+        )
     tags, unknown = find_tags(thought)
     if tags or unknown:
         faults.append(Fault("tag_in_text", f"the thought {shown!r} contains a tag"))
@@ -205,7 +207,9 @@ def _thought_faults(
             faults.append(Fault("not_first_person", f"the thought {shown!r} names its own thinker"))
     others = {other.speaker for other in lines if not other.surroundings} - {line.speaker}
     for sentence in language.mind_reading(thought, others):
-        message = f"states as a fact what another thinks or feels: {sentence!r}. Make it a guess or leave it out"
+        message = (
+            f"states as a fact what another thinks or feels: {sentence!r}. Make it a guess or leave it out"
+        )
         faults.append(Fault("mind_reading", message))
     for other in lines:
         if other.speaker == line.speaker:
@@ -217,9 +221,7 @@ def _thought_faults(
     return faults
 
 
-def _pattern_faults(
-    lines: Sequence[_Line], texts: Mapping[int, str], rules: RoleThinking
-) -> list[Fault]:
+def _pattern_faults(lines: Sequence[_Line], texts: Mapping[int, str], rules: RoleThinking) -> list[Fault]:
     """The chapter as a whole: enough patterns, none too often in a row (within a conversation)."""
     patterns: dict[int, tuple[Kind, ...]] = {}
     for line in lines:

@@ -63,9 +63,7 @@ def unit(
         profile, source = part.character.profile, part.conversation.source_text
         if not source.strip():
             return profile, ()
-        messages = gaps_prompt.messages(
-            **part.given(), lines=part.lines(), max_additions=rules.max_additions
-        )
+        messages = gaps_prompt.messages(**part.given(), lines=part.lines(), max_additions=rules.max_additions)
         found = await asker.ask(
             gaps_prompt, messages, GapsAnswer, lambda answer: check_gaps(part, answer, rules)
         )
@@ -185,7 +183,9 @@ def _pieces(source: str) -> list[str]:
     """Paragraphs put together to at most PASSAGE_CHARACTERS; a longer one is cut between sentences or words."""
     pieces = [""]
     for paragraph in re.split(r"\n\s*\n", source):
-        for sentence in re.findall(rf"\S.{{0,{PASSAGE_CHARACTERS - 2}}}(?:\s|\Z)|\S+", paragraph.strip(), re.DOTALL):
+        for sentence in re.findall(
+            rf"\S.{{0,{PASSAGE_CHARACTERS - 2}}}(?:\s|\Z)|\S+", paragraph.strip(), re.DOTALL
+        ):
             if len(pieces[-1]) + len(sentence) > PASSAGE_CHARACTERS:
                 pieces.append("")
             pieces[-1] += sentence

@@ -145,7 +145,9 @@ def check(
             faults.append(Fault("missing_plan", message))
     wrong = sorted({number for number in numbers if number - 1 not in raw})
     if wrong:
-        faults.append(Fault("wrong_turn", f"not turns of {part.character.name}: {', '.join(map(str, wrong))}"))
+        faults.append(
+            Fault("wrong_turn", f"not turns of {part.character.name}: {', '.join(map(str, wrong))}")
+        )
     if faults:
         return faults
     plans = plans_of(raw, answer)
@@ -186,7 +188,9 @@ def _leaks(part: CharacterPart, index: int, plan: str) -> list[Fault]:
         for text in (visible, mine):
             run = language.shared_run(plan, text, QUOTED_RUN, known)
             if run:
-                kind, what = ("quotes_reply", "the turn itself") if place == index else ("future", "a later turn")
+                kind, what = (
+                    ("quotes_reply", "the turn itself") if place == index else ("future", "a later turn")
+                )
                 faults.append(Fault(kind, f"the plan quotes {what}: {run!r}"))
     for speaker, thought in part.hidden_thoughts():
         run = language.shared_run(plan, thought, PRIVATE_RUN, known)

@@ -39,7 +39,8 @@ def from_coser(file: Path, plots: tuple[int, ...]) -> list[Conversation]:
                 for who in conversation["key_characters"]
             ),
             turns=tuple(
-                ConversationTurn(turn["character"], her(turn["message"])) for turn in conversation["dialogues"]
+                ConversationTurn(turn["character"], her(turn["message"]))
+                for turn in conversation["dialogues"]
             ),
             source_text=book["plots"][p]["text"],
         )
@@ -52,8 +53,14 @@ def small(plot: int = 0, turns: int = 6) -> Conversation:
     """A short conversation of two neighbours."""
     said = [
         ("Ada", "The well is dry again, Ben. Someone has moved the stone."),
-        ("Ben", "<role_thinking>I moved it.</role_thinking> <role_action>looks away</role_action> Not I, Ada."),
-        ("Ada", "<role_action>kneels by the well</role_action> There are fresh marks of a \u201clever\u201d here."),
+        (
+            "Ben",
+            "<role_thinking>I moved it.</role_thinking> <role_action>looks away</role_action> Not I, Ada.",
+        ),
+        (
+            "Ada",
+            "<role_action>kneels by the well</role_action> There are fresh marks of a \u201clever\u201d here.",
+        ),
         ("Ben", "Then it was the miller\u2019s boy, who else would dare to do it?"),
         ("Ada", "We shall ask him tonight, you and I together."),
         ("Ben", "<role_action>nods slowly</role_action> Tonight, then."),
@@ -108,7 +115,10 @@ def edited(count: int, number: int, speaker: str, text: str) -> list[dict[str, s
         else:
             halves.append((kind, body))
     middle = next((i for i in range(1, len(halves)) if halves[i][0] is halves[i - 1][0]), len(halves))
-    thought = (Kind.ROLE_THINKING, f"I keep my own counsel at step {number}, and I weigh each word before I speak it.")
+    thought = (
+        Kind.ROLE_THINKING,
+        f"I keep my own counsel at step {number}, and I weigh each word before I speak it.",
+    )
     places = [(0,), (len(halves),), (middle,), (0, len(halves)), (0, middle)][count % 5]
     places = places if len(places) >= fewest else tuple(range(fewest))
     parts: list[tuple[Kind, str]] = []
@@ -124,7 +134,7 @@ def plan(name: str, number: int) -> str:
     sentences = [
         f"Before move {number} {name} takes stock of the room and of who is listening.",
         f"{name} has more to lose than it seems and would rather be thought slow than be caught out.",
-        f"Two ways lie open: to press on at once, or to give ground and let the other party show its hand.",
+        "Two ways lie open: to press on at once, or to give ground and let the other party show its hand.",
         f"Pressing on would suit a bolder temper; {name} has always gained more by patience.",
     ]
     text = " ".join(sentences)
@@ -150,7 +160,9 @@ def good(request: dict[str, Any]) -> dict[str, Any]:
         return {"plans": entries}
     if kind == "GapsAnswer":
         number = int(re.search(r"^\[(\d+)\]", user, re.MULTILINE)[1])
-        return {"gaps": [{"turn": number, "behaviour": "Reads the stone.", "question": "stone, mason, marks?"}]}
+        return {
+            "gaps": [{"turn": number, "behaviour": "Reads the stone.", "question": "stone, mason, marks?"}]
+        }
     if kind == "LookupAnswer":
         name = re.match(r"(.+) from ", user)[1]
         evidence = " ".join(user.split("Passages")[1].split()[:8])

@@ -90,7 +90,9 @@ class ScriptedEndpoint:
                 else:
                     self.answer(200, completion(body, reply), reply.headers)
 
-            def answer(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+            def answer(
+                self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+            ) -> None:
                 self.send(status, json.dumps(body).encode(), headers or {})
 
             def send(self, status: int, raw: bytes, headers: dict[str, str]) -> None:

@@ -20,7 +20,9 @@ def call(server, count: int = 1, request=REQUEST, **limits):
     """(results or exceptions, endpoint) of `count` completions at once."""
 
     async def run():
-        async with Endpoint(server if isinstance(server, str) else server.url, Limits(**QUICK | limits)) as endpoint:
+        async with Endpoint(
+            server if isinstance(server, str) else server.url, Limits(**QUICK | limits)
+        ) as endpoint:
             work = (endpoint.complete(request) for _ in range(count))
             return await asyncio.gather(*work, return_exceptions=True), endpoint
 
@@ -109,7 +111,7 @@ def test_a_wrong_key_or_path_ends_the_run(serve, status, word) -> None:
 def test_a_dead_endpoint_ends_the_run() -> None:
     results, _ = call("http://127.0.0.1:9/v1", count=3, retries=1, give_up_after=3)
     assert sorted(type(failure).__name__ for failure in results) == ["EndpointFailure"] * 2 + ["UserError"]
-    assert "Is the server up?" in str([failure for failure in results if isinstance(failure, UserError)][0])
+    assert "Is the server up?" in str(next(failure for failure in results if isinstance(failure, UserError)))
 
 
 def test_failures_are_counted_in_a_row_only(serve) -> None:
@@ -140,9 +142,12 @@ def test_tokens_per_minute_counts_what_was_used(serve) -> None:
 
 def test_reasoning_in_its_own_field_or_in_the_text(serve) -> None:
     server = serve(
-        lambda request, number: [Reply("said", reasoning="thought"), Reply("<think>thought</think>\n\nsaid")][number]
+        lambda request, number: [Reply("said", reasoning="thought"), Reply("<think>thought</think>\n\nsaid")][
+            number
+        ]
     )
     for _ in range(2):
+
         async def one():
             async with Endpoint(server.url, Limits(**QUICK)) as endpoint:
                 return await endpoint.complete(REQUEST)

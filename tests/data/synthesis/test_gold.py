@@ -21,14 +21,12 @@ def put(text: str, *parts: tuple[Kind, str], name: str | None = None):
 def test_a_thought_between_action_and_speech() -> None:
     text, faults = put("<role_action>bows</role_action> My lord.", (A, "bows"), (T, WISH), (S, "My lord."))
     assert not faults
-    assert text == (
-        f"<role_action>bows</role_action> <role_thinking>{WISH}</role_thinking> My lord."
-    )
+    assert text == (f"<role_action>bows</role_action> <role_thinking>{WISH}</role_thinking> My lord.")
 
 
 def test_the_original_marks_are_kept_where_the_model_writes_others() -> None:
     gold = "\u201cDon\u2019t\u201d\u2014he said\n\nnever."
-    text, faults = put(gold, (S, "\"Don't\"-he said"), (T, WISH), (S, "never."))
+    text, faults = put(gold, (S, '"Don\'t"-he said'), (T, WISH), (S, "never."))
     assert not faults
     assert text == f"\u201cDon\u2019t\u201d\u2014he said\n\n<role_thinking>{WISH}</role_thinking> never."
 
@@ -69,7 +67,11 @@ def test_what_is_refused(parts, kind) -> None:
 
 def test_turns_that_are_left_alone() -> None:
     assert editable(parse_turn("My lord.", expect_plan=False))
-    for text in ("<role_thinking>I wish", "<Role_Action>bows</Role_Action> Yes.", "<role_thinking>x</role_thinking>"):
+    for text in (
+        "<role_thinking>I wish",
+        "<Role_Action>bows</Role_Action> Yes.",
+        "<role_thinking>x</role_thinking>",
+    ):
         assert not editable(parse_turn(text, expect_plan=False)), text
 
 

@@ -59,7 +59,8 @@ def test_self_by_name() -> None:
 
 
 def test_shared_runs() -> None:
-    assert language.shared_run("So: the WELL is dry, again!", "The well is dry again, Ben.", 5) == "the well is dry again"
-    assert language.shared_run("the well is dry", "The well is dry again, Ben.", 5) == ""
-    assert language.shared_run("x the well is dry again", "The well is dry again", 5, known="The well is dry again") == ""
+    said = "The well is dry again, Ben."
+    assert language.shared_run("So: the WELL is dry, again!", said, 5) == "the well is dry again"
+    assert language.shared_run("the well is dry", said, 5) == ""
+    assert language.shared_run("x the well is dry again", said, 5, known="the well is dry again") == ""
     assert language.shared_run("a b c d x b c d e", "a b c d e", 4, known="a b c d") == "b c d e"

@@ -68,7 +68,9 @@ def test_plans_are_made_of_what_the_character_may_know(serve, settings, synthesi
     assert all(whole.values())
     for text in whole.values():
         assert SECRET not in text, "Ben's thought shown to Ada"
-    assert any(SECRET in json.dumps(r["messages"]) for r in by_kind["RewriteAnswer"]), "Ben's own plans see it"
+    assert any(SECRET in json.dumps(r["messages"]) for r in by_kind["RewriteAnswer"]), (
+        "Ben's own plans see it"
+    )
 
 
 def test_a_forward_request_ends_before_the_turn_it_plans(serve, settings, synthesise, tmp_path) -> None:
@@ -101,9 +103,15 @@ def test_the_models_own_reasoning_as_raw_plan(serve, settings, synthesise, tmp_p
     (after,) = read_conversations(Path(cfg.out) / "conversations.jsonl")
     # The stand-in keeps every other raw plan.
     assert sum("move 77" in (turn.plan or "") for turn in after.turns) == 4
-    silent = serve(lambda request, number: good(request) if "response_format" in request else Reply("Ada: Hm."))
+    silent = serve(
+        lambda request, number: good(request) if "response_format" in request else Reply("Ada: Hm.")
+    )
     cfg = settings(
-        silent, source, stage="system_thinking", system_thinking={"forward": "reasoning"}, out=str(tmp_path / "b")
+        silent,
+        source,
+        stage="system_thinking",
+        system_thinking={"forward": "reasoning"},
+        out=str(tmp_path / "b"),
     )
     synthesise(cfg)
     faults = {row["faults"][0]["kind"] for row in rows(tmp_path / "b" / "quarantine.jsonl")}
@@ -145,9 +153,18 @@ RAW = {1: plan(), 3: plan(), 5: ""}
         ((2, "write", plan("I should look for the lever first.")), "first_person"),
         ((2, "write", plan("Let us ask the miller.")), "first_person"),
         ((2, "write", plan("<system_thinking>Ada looks")), "tag_in_text"),
-        ((2, "write", plan("Say that the well is dry again, Ben. Someone has moved the stone.")), "quotes_reply"),
-        ((2, "write", plan("Then it was the miller's boy, who else would dare to do it, he will say.")), "future"),
-        ((2, "write", plan("In truth it was the smell of wet rope that frightened him so badly.")), "mind_reading"),
+        (
+            (2, "write", plan("Say that the well is dry again, Ben. Someone has moved the stone.")),
+            "quotes_reply",
+        ),
+        (
+            (2, "write", plan("Then it was the miller's boy, who else would dare to do it, he will say.")),
+            "future",
+        ),
+        (
+            (2, "write", plan("In truth it was the smell of wet rope that frightened him so badly.")),
+            "mind_reading",
+        ),
         ((6, "keep", ""), "nothing_to_keep"),
         ((7, "write", plan()), "wrong_turn"),
     ],
@@ -182,7 +199,9 @@ def test_a_raw_plan_as_i_is_not_kept() -> None:
 
 
 def test_first_person_inside_quotation_marks_is_anothers() -> None:
-    answer = rewritten(*[(n, "write", plan("Ben may only say \u201cI saw nothing\u201d to that.")) for n in ADAS])
+    answer = rewritten(
+        *[(n, "write", plan("Ben may only say \u201cI saw nothing\u201d to that.")) for n in ADAS]
+    )
     assert check(part(), RAW, answer, SystemThinking()) == []
 
 

@@ -24,17 +24,21 @@ from her_nemo.roleplay.principles import (
 needs_scikit_learn = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn (the extra `synthesis`)"
 )
-SYSTEM = "You are Ada from The Well.\n\n===Ada's Profile===\nA keeper.\n\n===Information about other Characters===\n**Ben**: A carpenter."
+SYSTEM = (
+    "You are Ada from The Well.\n\n===Ada's Profile===\nA keeper.\n\n"
+    "===Information about other Characters===\n**Ben**: A carpenter."
+)
 MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Ben: Well?"}]
 # Two things are seen again and again in other words, one only once.
+ACTION, DIALOGUE, WORLD = "Action Description", "Dialogue & Interaction", "Worldview Consistency"
 SEEN = [
-    ("Action Description", "Props in use", "Objects of the scene such as a cup are picked up and used with purpose.", "positive"),
-    ("Action Description", "Uses the props", "Objects of the scene are picked up and used with a purpose that shows.", "positive"),
-    ("Action Description", "Props have purpose", "Objects of the scene such as tools are used with purpose in the action.", "positive"),
-    ("Dialogue & Interaction", "Empty echo", "The reply repeats the question of the partner and adds nothing to it.", "negative"),
-    ("Dialogue & Interaction", "Echo without content", "The reply repeats the question and adds nothing of its own.", "negative"),
-    ("Worldview Consistency", "Fits the age", "Oaths, tools and manners belong to the period that the story is set in.", "positive"),
-]  # fmt: skip
+    (ACTION, "Props in use", "Objects of the scene such as a cup are picked up and used with purpose."),
+    (ACTION, "Uses the props", "Objects of the scene are picked up and used with a purpose that shows."),
+    (ACTION, "Props have purpose", "Objects of the scene such as tools are used with purpose in the action."),
+    (DIALOGUE, "Empty echo", "The reply repeats the question of the partner and adds nothing to it."),
+    (DIALOGUE, "Echo without content", "The reply repeats the question and adds nothing of its own."),
+    (WORLD, "Fits the age", "Oaths, tools and manners belong to the period that the story is set in."),
+]
 
 
 def case(**changes) -> CasePrinciple:
@@ -105,7 +109,10 @@ def test_a_library_that_is_none(text, word) -> None:
     ("change", "kind"),
     [
         ({"definition": "Props are used."}, "definition_length"),
-        ({"definition": "Whoever plays Ada takes up the objects of the scene with a purpose."}, "case_specific"),
+        (
+            {"definition": "Whoever plays Ada takes up the objects of the scene with a purpose."},
+            "case_specific",
+        ),
         ({"definition": "In The Well, objects of the scene are taken up with a purpose."}, "case_specific"),
         ({"name": "What Ben sees"}, "case_specific"),
         ({"evidence": "drops the cup"}, "no_evidence"),
@@ -142,19 +149,24 @@ def source(tmp_path) -> Path:
 
 def script(request, number) -> Reply:
     if "input" in request:
-        about = [("props" in text.lower(), "echo" in text.lower(), "age" in text.lower()) for text in request["input"]]
+        about = [
+            ("props" in text.lower(), "echo" in text.lower(), "age" in text.lower())
+            for text in request["input"]
+        ]
         return Reply(embeddings=[[float(value) + 0.01 for value in row] for row in about])
     user = request["messages"][1]["content"]
     if request["response_format"]["json_schema"]["name"] == "CaseAnswer":
-        dimension, name, definition, polarity = SEEN[int(user.split("number ")[1].split(".")[0])]
-        evidence = "takes the cup"
+        dimension, name, definition = SEEN[int(user.split("number ")[1].split(".")[0])]
+        polarity, evidence = "negative" if dimension == DIALOGUE else "positive", "takes the cup"
         principle = {"dimension": dimension, "name": name, "definition": definition, "level": "sentence",
                      "polarity": polarity, "evidence": evidence}  # fmt: skip
         return Reply(json.dumps({"principles": [principle]}))
     polarity = "negative" if "Dialogue" in user else "positive"
     name = "Echo" if "Dialogue" in user else "Props"
     definition = f"What the cases of {name} have in common, said so that it holds in any story."
-    return Reply(json.dumps({"name": name, "definition": definition, "level": "sentence", "polarity": polarity}))
+    return Reply(
+        json.dumps({"name": name, "definition": definition, "level": "sentence", "polarity": polarity})
+    )
 
 
 @needs_scikit_learn

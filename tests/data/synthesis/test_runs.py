@@ -53,7 +53,12 @@ BAD_ANSWERS = {
     "bad_schema": lambda request: '{"turns": [{"turn": "one", "parts": []}], "note": "sorry"}',
     "changed_gold": changed_speech,
     "wrong_turn": lambda request: json.dumps(
-        {"turns": [*samples.thoughtful(request)["turns"], {"turn": 1, "parts": [{"kind": "speech", "text": "x"}]}]}
+        {
+            "turns": [
+                *samples.thoughtful(request)["turns"],
+                {"turn": 1, "parts": [{"kind": "speech", "text": "x"}]},
+            ]
+        }
     ),
     "thought_length": lambda request: with_thought(request, "I see."),
     "not_first_person": lambda request: with_thought(
@@ -66,6 +71,9 @@ BAD_ANSWERS = {
     "tag_in_text": lambda request: with_thought(
         request, "I will not <role_action>run</role_action> away from this well, whatever they say of me."
     ),
+    "control_character": lambda request: with_thought(
+        request, "I will not run away \x07 from this well, whatever they may say of me."
+    ).replace("\\u0007", "\x07"),
     "control_token": lambda request: with_thought(
         request, "I will not run away from this well, whatever they may say of me.<|im_end|>"
     ),
@@ -73,7 +81,9 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
-def test_a_bad_answer_is_asked_again_with_the_defect_named(serve, settings, synthesise, tmp_path, kind) -> None:
+def test_a_bad_answer_is_asked_again_with_the_defect_named(
+    serve, settings, synthesise, tmp_path, kind
+) -> None:
     source = samples.write(tmp_path / "in.jsonl", [samples.small()])
     server = serve(lambda request, number: good(request) if number else Reply(BAD_ANSWERS[kind](request)))
     cfg = settings(server, source)
@@ -103,7 +113,9 @@ def test_a_truncated_answer_is_a_fault(serve, settings, synthesise, tmp_path) ->
 
 def test_quarantine_says_why_and_keeps_the_answer(serve, settings, synthesise, source, capsys) -> None:
     def script(request, number):
-        return Reply(changed_speech(request)) if "Book: The Well" in request["messages"][1]["content"] else None
+        return (
+            Reply(changed_speech(request)) if "Book: The Well" in request["messages"][1]["content"] else None
+        )
 
     server = serve(script)
     cfg = settings(server, source, attempts=2)
@@ -181,7 +193,9 @@ def test_a_second_run_asks_nothing_and_writes_the_same(serve, settings, synthesi
     ],
     ids=str,
 )
-def test_the_cache_tells_models_and_sampling_apart(serve, settings, synthesise, source, tmp_path, other) -> None:
+def test_the_cache_tells_models_and_sampling_apart(
+    serve, settings, synthesise, source, tmp_path, other
+) -> None:
     def script(request, number):
         request.setdefault("response_format", {"json_schema": {"name": "RoleThinkingAnswer"}})
         return good(request)
@@ -252,7 +266,9 @@ def test_two_runs_do_not_write_to_one_directory(serve, settings, synthesise, sou
 def test_a_killed_run_goes_on_where_it_was(serve, synthesise, tmp_path) -> None:
     """The command as a user runs it, killed with SIGKILL while requests are under way."""
     source = samples.write(tmp_path / "in.jsonl", [samples.small(plot) for plot in range(8)])
-    server = serve(lambda request, number: Reply(json.dumps(samples.good(request)), delay=0.0 if number < 5 else 60.0))
+    server = serve(
+        lambda request, number: Reply(json.dumps(samples.good(request)), delay=0.0 if number < 5 else 60.0)
+    )
     words = [
         "data", "synthesise", "stage=role_thinking", f"source={source}", f"out={tmp_path / 'out'}",
         f"endpoint={server.url}", "model=scripted", "limits.concurrency=2", "limits.backoff_seconds=0.01",
