@@ -18,6 +18,7 @@ from her_nemo.config.sections import (
     RewardTrainer,
     Section,
     SftTrainer,
+    StageConfig,
     Tokenizer,
     Trainer,
     knob,
@@ -160,12 +161,6 @@ class RewardSource(Section):
 
 
 # ---------------------------------------------------------------- stages
-
-
-class StageConfig(Section):
-    """What every stage has."""
-
-    name: str = required("Name of the run.")
 
 
 class SftConfig(StageConfig):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from her_nemo.config.sections import Fraction, Section, knob, required
+from her_nemo.config.sections import Fraction, Section, StageConfig, knob, required
 
 SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles"]
 
@@ -97,10 +97,9 @@ class PrinciplesStage(Section):
     min_cluster: PositiveInt = knob(2, "Cases a cluster needs to enter the library.")
 
 
-class SynthesiseConfig(Section):
+class SynthesiseConfig(StageConfig):
     """`her-nemo data synthesise`."""
 
-    name: str = required("Name of the run.")
     stage: SynthesisStage = required(
         "What to write: role_thinking, system_thinking, settings, all, principles."
     )

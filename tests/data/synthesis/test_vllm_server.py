@@ -80,7 +80,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("w") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
             if server.poll() is not None:
                 pytest.fail(f"the server ended with {server.returncode}:\n{log.read_text()[-4000:]}")
@@ -90,7 +90,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except httpx.TransportError:
                 time.sleep(0.5)
         else:
-            pytest.fail(f"the server is not up after 240 s:\n{log.read_text()[-4000:]}")
+            pytest.fail(f"the server is not up after 400 s:\n{log.read_text()[-4000:]}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
@@ -117,19 +117,21 @@ def test_the_server_takes_every_schema(url, settings, tmp_path, answer) -> None:
     cfg = settings(url, tmp_path, model="tiny", sampling={"max_tokens": 48, "seed": 7})
     prompt = PromptFile("try", 1, "0" * 16, "You answer.", "Answer.")
 
-    async def ask() -> Bill:
+    async def ask() -> tuple[Bill, Quarantined | None]:
         async with Endpoint(url, cfg.limits) as endpoint:
             asker = Asker(cfg, endpoint, AnswerCache(tmp_path / "cache"), await endpoint.identity("tiny"))
             try:
                 await asker.ask(prompt, prompt.messages(), answer, lambda given: [])
             except Quarantined as stopped:
-                kinds = {fault.kind for fault in stopped.faults}
-                assert kinds <= {"truncated", "control_character"}, stopped.faults
-                # As far as it came, it is an object that begins as the schema says.
-                assert stopped.answer.startswith('{"' + next(iter(answer.model_fields))), stopped.answer
-            return asker.asked
+                return asker.asked, stopped
+            return asker.asked, None
 
-    assert asyncio.run(ask()).completion_tokens > 0
+    bill, stopped = asyncio.run(ask())
+    assert bill.completion_tokens > 0
+    if stopped is not None:  # random words seldom close a string in time
+        assert {fault.kind for fault in stopped.faults} <= {"truncated", "control_character"}
+        # As far as it came, it is an object that begins as the schema says.
+        assert stopped.answer.startswith('{"' + next(iter(answer.model_fields)))
 
 
 def rows(file: Path) -> list[dict]:
