@@ -16,6 +16,7 @@ GIVEN = {
     "export": ["checkpoint=/run", "out=/hf"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
     "demo": [],
+    "data_synthesise": ["stage=all", "source=/in.jsonl", "out=/out", "endpoint=http://localhost/v1", "model=m"],
 }
 GIVEN["reward"] = GIVEN["sft"]
 GIVEN["ppo"] = [*GIVEN["sft"], "reward.restore_from_path=/reward"]
