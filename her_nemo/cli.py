@@ -24,6 +24,7 @@ SUMMARIES = {
     "evaluate": "replies from vLLM on held-out prompts, scored",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
+    "data_synthesise": "thoughts, plans and settings written by a language model",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 

@@ -20,12 +20,14 @@ from her_nemo.config.sections import (
     SftData,
     SftTrainer,
     Shares,
+    StageConfig,
     Tokenizer,
     Trainer,
     WeightedData,
     knob,
     required,
 )
+from her_nemo.config.synthesis import SynthesiseConfig
 
 # The keys of conf/model/*.yaml, in the names megatron-core and NeMo use.
 ARCHITECTURE_KEYS = (
@@ -169,12 +171,6 @@ class RewardSource(Section):
 
 
 # ---------------------------------------------------------------- stages
-
-
-class StageConfig(Section):
-    """What every stage has."""
-
-    name: str = required("Name of the run.")
 
 
 class SftConfig(StageConfig):
@@ -382,4 +378,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
+    "data_synthesise": SynthesiseConfig,
 }

@@ -36,6 +36,12 @@ def required(description: str, **limits: Any) -> Any:
     return Field(description=description, **limits)
 
 
+class StageConfig(Section):
+    """What every stage has."""
+
+    name: str = required("Name of the run.")
+
+
 def _precision(value: Any) -> Any:
     # Lightning's users write `precision: 32`, a number.
     return str(value) if type(value) is int else value

@@ -18,6 +18,7 @@ GIVEN = {
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],
     "data_inspect": ["path=/samples.parquet"],
+    "data_synthesise": ["stage=all", "source=/in.jsonl", "out=/out", "endpoint=http://localhost/v1", "model=m"],
 }
 GIVEN["reward"] = GIVEN["sft"]
 GIVEN["ppo"] = [*GIVEN["sft"], "reward.restore_from_path=/reward"]
