@@ -201,6 +201,7 @@ def test_training_pairs_carry_the_stated_noise_and_do_not_mark_it(
     assert all("label_flipped" not in row for row in read(out / "pairs_train.jsonl"))
     assert all(row["label_flipped"] is False for row in read(out / "pairs_val.jsonl"))
     assert all(row["chosen"] != row["rejected"] for row in read(out / "pairs_val.jsonl"))
+    assert summary.labels_flipped / SMALL.pairs_train == pytest.approx(LABEL_NOISE, abs=0.06)
 
 
 def test_no_pair_of_the_demos_seeds_is_twice_the_same_reply() -> None:
@@ -209,7 +210,6 @@ def test_no_pair_of_the_demos_seeds_is_twice_the_same_reply() -> None:
         rows = list(_pair_rows(seed, "pairs-train", make_splits(seed)[0], 2400, LABEL_NOISE))
         assert len(rows) == 2400
         assert [row["trace_id"] for row in rows if row["chosen"] == row["rejected"]] == []
-    assert summary.labels_flipped / SMALL.pairs_train == pytest.approx(LABEL_NOISE, abs=0.06)
 
 
 def test_tag_patterns_vary() -> None:
