@@ -105,6 +105,8 @@ def _pair_rows(seed: int, purpose: str, split: Split, count: int, noise: float) 
         if twin:
             rng.setstate(state)
         rejected = flawed_reply(rng, scene, worse)
+        while rejected == chosen:  # both break off before the place where they differ
+            rejected = flawed_reply(rng, scene, worse)
         flip = rng.random() < noise
         if flip:
             chosen, rejected = rejected, chosen

@@ -22,7 +22,7 @@ from her_nemo.data.miniature import (
     make_splits,
     sample_scenes,
 )
-from her_nemo.data.miniature_files import LABEL_NOISE, WorldSizes, WorldSummary, write_world
+from her_nemo.data.miniature_files import LABEL_NOISE, WorldSizes, WorldSummary, _pair_rows, write_world
 from her_nemo.data.miniature_flaws import (
     EXTRA_FLAWS,
     PAIR_WEIGHTS,
@@ -202,6 +202,14 @@ def test_training_pairs_carry_the_stated_noise_and_do_not_mark_it(
     assert all(row["label_flipped"] is False for row in read(out / "pairs_val.jsonl"))
     assert all(row["chosen"] != row["rejected"] for row in read(out / "pairs_val.jsonl"))
     assert summary.labels_flipped / SMALL.pairs_train == pytest.approx(LABEL_NOISE, abs=0.06)
+
+
+def test_no_pair_of_the_demos_seeds_is_twice_the_same_reply() -> None:
+    """Seed 2 draws one whose two replies both break off early; the reader would refuse it."""
+    for seed in (0, 1, 2):
+        rows = list(_pair_rows(seed, "pairs-train", make_splits(seed)[0], 2400, LABEL_NOISE))
+        assert len(rows) == 2400
+        assert [row["trace_id"] for row in rows if row["chosen"] == row["rejected"]] == []
 
 
 def test_tag_patterns_vary() -> None:
