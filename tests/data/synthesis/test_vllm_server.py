@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,9 +80,12 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}',
     ]  # fmt: skip
     with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        # A session of its own: the engine is a child of the server and must go with it, whatever happens.
+        server = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 540
         while time.monotonic() < deadline:
             if server.poll() is not None:
                 pytest.fail(f"the server ended with {server.returncode}:\n{log.read_text()[-4000:]}")
@@ -90,15 +95,15 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except httpx.TransportError:
                 time.sleep(0.5)
         else:
-            pytest.fail(f"the server is not up after 400 s:\n{log.read_text()[-4000:]}")
+            pytest.fail(f"the server is not up after 540 s:\n{log.read_text()[-4000:]}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 ANSWERS = [
