@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from ingest_files import (
 )
 
 from her_nemo.data.records import Conversation, read_conversations
-from her_nemo.data.sources import parse_row
+from her_nemo.data.sources import read_rows
 
 
 def test_a_coser_book(tmp_path: Path) -> None:
@@ -225,8 +224,8 @@ def test_aligner_rm(tmp_path: Path, prompt: str) -> None:
     (pair,) = rows(tmp_path / "out", "pairs")
     assert (pair["chosen"], pair["rejected"]) == ("Edmund: None.", "Edmund: A letter.")
     assert pair["messages"][-1] == {"role": "user", "content": "What news?"}
-    written = {key: pair[key] for key in ("trace_id", "messages", "chosen", "rejected")}
-    assert parse_row(json.dumps(written).encode(), "pairs"), "the reward stage reads it"
+    (read,), _ = read_rows(tmp_path / "out" / "pairs.parquet", "pairs")
+    assert read == pair, "the reward stage reads it"
 
 
 def test_aligner_rm_out_of_step(tmp_path: Path) -> None:
@@ -275,9 +274,9 @@ def test_the_splits_are_what_the_stages_read(tmp_path: Path) -> None:
     card = run(file, tmp_path / "out")
     seen = 0
     for purpose, kind in (("roleplay_sft", "sft"), ("rm_sft", "sft"), ("rm_rl", "sft"), ("roleplay_rl", "prompts")):
-        for row in rows(tmp_path / "out", f"splits/{purpose}"):
-            line = {"trace_id": row["trace_id"], "messages": row["messages"]}
-            assert parse_row(json.dumps(line).encode(), kind)
+        written, report = read_rows(tmp_path / "out" / "splits" / f"{purpose}.parquet", kind)
+        assert report.total == 0
+        for row in written:
             assert row["split"] == purpose
             assert (row.get("reference") is None) == (kind == "sft")
             seen += 1
