@@ -29,10 +29,13 @@ stages:
 {stages}
 
 An OVERRIDE is Hydra's: trainer.devices=2, model=qwen3_8b, model.optim.lr=1e-5.
-`her-nemo STAGE --help` lists the keys of a stage. `her-nemo --version` shows the version.
+`her-nemo plan STAGE ...` says whether it will run, fit and how long it takes; `her-nemo config show|diff|explain ...`
+what is configured and why. `her-nemo STAGE --help` lists the keys of a stage. `her-nemo --version` shows the version.
 With trainer.devices=N it starts N processes itself; under torchrun or Slurm it takes theirs.
 """
 INTERRUPTED = 130
+# Answered from the configuration alone, before any stage (and torch) is imported.
+COMMANDS = {"plan": "her_nemo.planning.command", "config": "her_nemo.config.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +65,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"her-nemo {__version__}")
         return 0
     stage, rest = words[0], words[1:]
+    if stage in COMMANDS:
+        return importlib.import_module(COMMANDS[stage]).main(rest)
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
@@ -81,7 +86,10 @@ def _checked(stage: str, words: list[str]) -> StageConfig:
     options, overrides = _options(words)
     problems: list[Problem] = []
     try:
-        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"))
+        notes: list[str] = []
+        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"), notes)
+        if notes and int(os.environ.get("RANK", "0")) == 0 and not launch.is_launched():
+            print("her-nemo: NeMo-Aligner keys:\n  " + "\n  ".join(notes), file=sys.stderr)
     except ConfigErrors as error:
         if error.rest is None:
             raise

@@ -39,7 +39,7 @@ class Run:
         self.directory = Path(cfg.exp_manager.explicit_log_dir)
         self.main = parallel.is_main()
         self.tokenizer = _tokenizer(cfg, source)
-        self.stop = GracefulStop()
+        self.stop = GracefulStop(cfg.exp_manager.max_seconds)
         self.summary: dict[str, Any] = {}
         self.timers = Timers()
         self.tokens = 0  # processed in this step, over all ranks; a stage adds to it
