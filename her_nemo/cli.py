@@ -71,6 +71,8 @@ def _dispatch(words: list[str]) -> int:
         print(_keys(stage))
         return 0
     config = _checked(stage, rest)
+    if getattr(getattr(config, "trainer", None), "accelerator", "auto") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the processes started
     processes = _processes(config)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch.run(words, processes)

@@ -181,6 +181,8 @@ def translate(plain: dict[str, Any], known: Iterable[str]) -> tuple[list[str], l
             continue
         if found.to and found.to not in ours:
             found = Fate(reason=f"this stage has no {found.to}")
+        elif key == "exp_manager.exp_dir" and _get(plain, found.to) not in (None, "???"):
+            found = Fate(reason="exp_manager.explicit_log_dir is given")
         _remove(plain, key)
         if found.accepts and value not in found.accepts:
             problems.append(Problem(key, f"given {_word(value)}, but {found.reason}", "", found.describe(key)))

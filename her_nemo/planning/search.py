@@ -142,25 +142,26 @@ def _get(config: Any, key: str) -> Any:
 
 
 def fixes(config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 3) -> list[Option]:
-    """The `best` cheapest changes that make the plan fit: one change if possible, else two together.
+    """The `best` cheapest changes that make the plan fit: single ones if they do, else two or three together.
 
     Cheapest is least GPU time per step, changes that need no more machines first.
     """
     singles = list(_single_changes(config))
+    found: list[Option] = []
     for size in (1, 2, 3):
-        found: list[Option] = []
         for chosen in itertools.combinations(singles, size):
             changes = {key: value for change in chosen for key, value in change.items()}
-            if len(changes) < sum(len(change) for change in chosen) and size > 1:
+            if len(changes) < sum(len(change) for change in chosen):
                 continue  # two values for one key
             changed = with_keys(config, changes)
             if changed.model.tensor_model_parallel_size > changed.trainer.devices or not _divides(changed, shape):
                 continue
             option = Option(changes, plan(changed, shape, length))
-            if option.plan.headroom >= 0:
+            # A change more than is needed is no answer.
+            if option.plan.headroom >= 0 and not any(old.changes.items() <= changes.items() for old in found):
                 found.append(option)
-        if len(found) >= best or (found and size == 3):
-            # A change of the file costs nothing, machines do.
-            found.sort(key=lambda o: ("trainer.num_nodes" in o.changes, o.plan.step_seconds * o.plan.layout.gpus))
-            return found[:best]
-    return []
+        if len(found) >= best:
+            break
+    # A change of the file costs nothing, machines do.
+    found.sort(key=lambda o: ("trainer.num_nodes" in o.changes, o.plan.step_seconds * o.plan.layout.gpus))
+    return found[:best]
