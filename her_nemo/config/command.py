@@ -158,9 +158,9 @@ def explain(key: str) -> str:
     found = default(info)
     given = "has to be given" if found is REQUIRED else f"default {_shown(found)}"
     lines = [f"{key}: {info.description}", f"  type {_type(info)}; {given}", f"  stages: {stages}"]
-    defaults = {
-        stage: _shown(default(dict(leaves(STAGES[stage]))[key])) for stage in readers[key]
-    }
+    # A name can be a value in one stage and a section in another (`reward`: a list in the demo).
+    values = {stage: dict(leaves(STAGES[stage])).get(key) for stage in readers[key]}
+    defaults = {stage: _shown(default(info)) for stage, info in values.items() if info is not None}
     if len(set(defaults.values())) > 1:
         lines.append("  by stage: " + ", ".join(f"{stage} {value}" for stage, value in defaults.items()))
     return "\n".join(lines)

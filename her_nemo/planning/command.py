@@ -16,12 +16,13 @@ from her_nemo.config import partial
 from her_nemo.config.architecture import Shape as Architecture
 from her_nemo.config.architecture import architecture_from_hf, architecture_from_megatron, megatron_manifest
 from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.problems import MISSING
 from her_nemo.config.schema import ARCHITECTURE_KEYS, PpoConfig, RewardConfig, SftConfig
 from her_nemo.planning import preflight, published, search, stages
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
-USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search] [--length TOKENS]
+USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search] [--length TOKENS] [--strict]
        her-nemo plan --published
 
 Preflight, memory per GPU and phase, seconds per phase. OVERRIDE as for the stage itself, e.g.
@@ -29,6 +30,7 @@ Preflight, memory per GPU and phase, seconds per phase. OVERRIDE as for the stag
 --search     the fastest layouts that fit the cluster
 --length N   mean tokens of a sequence, for times (default: the longest, model.encoder_seq_length)
 --json       the same as JSON
+--strict     a required key that was not given is a problem (as for the stage itself; Slurm jobs use this)
 --published  the time model against published runs, with errors
 """
 
@@ -67,6 +69,9 @@ def main(words: list[str]) -> int:
         return 0
     flags, length, options, overrides = _arguments(words[1:])
     answer = answer_for(words[0], overrides, length=length, search_layouts="--search" in flags, **options)
+    if "--strict" in flags:
+        hint = "add {}=... to the command line"
+        answer.problems += [Problem(key, MISSING, "", hint.format(key)) for key in answer.to_give]
     print(json.dumps(as_json(answer), indent=1) if "--json" in flags else as_text(answer))
     return answer.exit_code
 
@@ -78,7 +83,7 @@ def _arguments(words: list[str]) -> tuple[set[str], float | None, dict[str, str]
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
-        if word in ("--json", "--search"):
+        if word in ("--json", "--search", "--strict"):
             flags.add(word)
         elif name in ("--length", "--config-dir", "--config-name"):
             given = value if equals else next(remaining, "")
