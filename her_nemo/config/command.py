@@ -1,4 +1,4 @@
-"""`her-nemo config show|diff|explain`: what is configured, what differs from the defaults and who set it, what a key is.
+"""`her-nemo config show|diff|explain`: what is configured, what differs from the defaults and who set it, a key.
 
 No torch. Required keys that were not given are shown as such, so that a file can be looked at before it is complete.
 """
@@ -19,7 +19,7 @@ from her_nemo.config.schema import STAGES, StageConfig
 
 USAGE = """usage: her-nemo config show STAGE [OVERRIDE ...] [--json]     every key, resolved
        her-nemo config diff STAGE [OVERRIDE ...] [--json]     what differs from the defaults, and who set it
-       her-nemo config explain KEY                            what a key is for, its type and default, which stages read it
+       her-nemo config explain KEY                            what a key is for, its type, default and stages
 --config-dir DIR and --config-name NAME as for the stage itself.
 """
 
@@ -71,7 +71,9 @@ def _arguments(words: list[str]) -> tuple[dict[str, str], list[str]]:
 # ---------------------------------------------------------------- show and diff
 
 
-def show(stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool) -> str:
+def show(
+    stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool
+) -> str:
     """The whole configuration as YAML (or JSON)."""
     plain = config.model_dump()
     if as_json:
@@ -81,7 +83,9 @@ def show(stage: str, config: StageConfig, overrides: list[str], options: dict[st
     return yaml.safe_dump(plain, sort_keys=False).rstrip()
 
 
-def diff(stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool) -> str:
+def diff(
+    stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool
+) -> str:
     """Every key whose value is not its default: value, default, and the file, group or override that set it."""
     who_set = compose.origins(stage, overrides, options.get("config_dir"), options.get("config_name"))
     rows = []
@@ -169,7 +173,13 @@ def explain(key: str) -> str:
 def _type(info: FieldInfo) -> str:
     """The type in plain words, with its limits."""
     text = str(info.annotation)
-    for long, short in (("typing.", ""), ("<class '", ""), ("'>", ""), ("Optional", "null or "), ("NoneType", "null")):
+    for long, short in (
+        ("typing.", ""),
+        ("<class '", ""),
+        ("'>", ""),
+        ("Optional", "null or "),
+        ("NoneType", "null"),
+    ):
         text = text.replace(long, short)
     text = text.split("Annotated[", 1)[-1] if text.startswith("Annotated[") else text
     limits = [
@@ -178,5 +188,10 @@ def _type(info: FieldInfo) -> str:
         for name, word in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most"))
         if hasattr(limit, name)
     ]
-    text = text.replace("int", "whole number").replace("float", "number").replace("str", "text").replace("bool", "true/false")
+    text = (
+        text.replace("int", "whole number")
+        .replace("float", "number")
+        .replace("str", "text")
+        .replace("bool", "true/false")
+    )
     return text.replace("None", "null") + (f" ({', '.join(limits)})" if limits else "")

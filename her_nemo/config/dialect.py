@@ -66,80 +66,133 @@ TRANSLATED = {
 KEYS: dict[str, Fate] = {key: Fate(to=to) for key, to in TRANSLATED.items()}
 
 
-def _drop(reason: str, *keys: str, accepts: tuple[Any, ...] = ()) -> None:
-    KEYS.update({key: Fate(reason=reason, accepts=accepts) for key in keys})
+def _drop(reason: str, names: str, *, under: str = "", accepts: tuple[Any, ...] = ()) -> None:
+    """Rows for keys (`names`, parted by spaces, in section `under`) that have no effect."""
+    KEYS.update({under + name: Fate(reason=reason, accepts=accepts) for name in names.split()})
 
 
-_drop(LIGHTNING, *(f"trainer.{name}" for name in (
-    "logger", "enable_checkpointing", "use_distributed_sampler", "replace_sampler_ddp", "benchmark", "max_epochs",
-    "max_steps", "log_every_n_steps", "val_check_interval", "limit_val_batches", "limit_test_batches", "max_time",
-    "accumulate_grad_batches", "enable_model_summary", "enable_progress_bar", "num_sanity_val_steps",
-)))  # fmt: skip
+OFF = (False, None)
+_drop(
+    LIGHTNING,
+    "logger enable_checkpointing use_distributed_sampler replace_sampler_ddp benchmark max_epochs max_steps "
+    "log_every_n_steps val_check_interval limit_val_batches limit_test_batches max_time accumulate_grad_batches "
+    "enable_model_summary enable_progress_bar num_sanity_val_steps",
+    under="trainer.",
+)
 _drop("clipping is set per loop: trainer.sft|rm|ppo.gradient_clip_val", "trainer.gradient_clip_val")
 for _loop in LOOPS:
-    _drop("every training batch is used; shorten a run with max_steps", f"trainer.{_loop}.limit_train_batches",
-          accepts=(1.0, 1, None))  # fmt: skip
+    _drop(
+        "every training batch is used; shorten a run with max_steps",
+        f"trainer.{_loop}.limit_train_batches",
+        accepts=(1.0, 1, None),
+    )
     _drop("validation goes through its file in order", f"trainer.{_loop}.val_random_sampler")
-_drop("each run resumes from its own directory (exp_manager.resume_if_exists)", "model.resume_from_checkpoint",
-      accepts=(None,))  # fmt: skip
+_drop(
+    "each run resumes from its own directory (exp_manager.resume_if_exists)",
+    "model.resume_from_checkpoint",
+    accepts=(None,),
+)
 _drop("context parallelism is not built", "model.context_parallel_size", accepts=(1, None))
-_drop("interleaved pipeline stages are not built", "model.virtual_pipeline_model_parallel_size", accepts=(None, 1))
-_drop("expert parallelism has nothing to do in a dense model", "model.expert_model_parallel_size", accepts=(1, None))
+_drop(
+    "interleaved pipeline stages are not built",
+    "model.virtual_pipeline_model_parallel_size",
+    accepts=(1, None),
+)
+_drop("a dense model has no experts to spread", "model.expert_model_parallel_size", accepts=(1, None))
 _drop("the loss is always on the trained reply alone", "model.answer_only_loss", accepts=(True,))
 _drop("the optimizer always steps fp32 main weights", "model.megatron_amp_O2")
 _drop("the model is always megatron-core's", "model.mcore_gpt", accepts=(True,))
-_drop(KERNELS, *(f"model.{name}" for name in (
-    "use_flash_attention", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "masked_softmax_fusion",
-    "bias_dropout_add_fusion", "gradient_accumulation_fusion", "ub_tp_comm_overlap", "grad_allreduce_chunk_size_mb",
-    "apex_transformer_log_level", "gradient_as_bucket_view", "sync_batch_comm", "save_nemo_on_validation_end",
-)))  # fmt: skip
-_drop("Qwen3 has no dropout", "model.hidden_dropout", "model.attention_dropout", "model.ffn_dropout",
-      accepts=(0.0, 0, None))  # fmt: skip
-_drop("FP8 is not built", "model.fp8", accepts=(False, None))
+_drop(
+    KERNELS,
+    "use_flash_attention transformer_engine apply_rope_fusion bias_activation_fusion masked_softmax_fusion "
+    "bias_dropout_add_fusion gradient_accumulation_fusion ub_tp_comm_overlap grad_allreduce_chunk_size_mb "
+    "apex_transformer_log_level gradient_as_bucket_view sync_batch_comm save_nemo_on_validation_end",
+    under="model.",
+)
+_drop(
+    "Qwen3 has no dropout",
+    "hidden_dropout attention_dropout ffn_dropout",
+    under="model.",
+    accepts=(0.0, 0, None),
+)
+_drop("FP8 is not built", "model.fp8", accepts=OFF)
 _drop(NO_LORA, "model.peft.peft_scheme", accepts=(None, "none"))
-_drop(ROWS, *(f"model.data.{name}" for name in (
-    "chat", "chat_prompt_tokens", "sample", "data_impl", "splits_string", "index_mapping_dir", "skip_warmup",
-    "reset_position_ids", "reset_attention_mask", "eod_mask_loss", "data_prefix.test", "validation_drop_last",
-)))  # fmt: skip
-_drop("tokens are made once, not by workers during training", "model.data.num_workers", "model.data.dataloader_type",
-      "model.data.pin_memory")  # fmt: skip
+_drop(
+    ROWS,
+    "chat chat_prompt_tokens sample data_impl splits_string index_mapping_dir skip_warmup reset_position_ids "
+    "reset_attention_mask eod_mask_loss data_prefix.test validation_drop_last",
+    under="model.data.",
+)
+_drop(
+    "tokens are made once, not by workers during training",
+    "num_workers dataloader_type pin_memory",
+    under="model.data.",
+)
 for _split in ("train_ds", "validation_ds", "test_ds"):
-    _drop(ROWS, *(f"model.data.{_split}.{name}" for name in (
-        "label_key", "add_eos", "add_sep", "add_bos", "truncation_field", "truncation_method", "prompt_template",
-        "hf_dataset", "index_mapping_dir", "memmap_workers", "num_samples", "concat_sampling_probabilities",
-        "min_seq_length", "names", "num_workers", "pin_memory", "output_original_text",
-    )))  # fmt: skip
+    _drop(
+        ROWS,
+        "label_key add_eos add_sep add_bos truncation_field truncation_method prompt_template hf_dataset "
+        "index_mapping_dir memmap_workers num_samples concat_sampling_probabilities min_seq_length names num_workers "
+        "pin_memory output_original_text",
+        under=f"model.data.{_split}.",
+    )
     _drop("a last batch that is not full is left out", f"model.data.{_split}.drop_last")
-_drop("there is no test split", "model.data.test_ds.file_path", "model.data.test_ds.max_seq_length",
-      "model.data.test_ds.shuffle", "model.data.test_ds.global_batch_size", "model.data.test_ds.micro_batch_size")  # fmt: skip
-_drop("validation uses the training batch sizes and length, in order", *(f"model.data.validation_ds.{name}" for name in (
-    "global_batch_size", "micro_batch_size", "max_seq_length", "shuffle")))  # fmt: skip
-_drop("the optimizer is megatron-core's; its buckets are its own", *(f"model.optim.{name}" for name in (
-    "bucket_cap_mb", "overlap_grad_sync", "overlap_param_sync", "contiguous_grad_buffer", "contiguous_param_buffer",
-    "grad_sync_dtype", "dtype", "sched.max_steps")))  # fmt: skip
-_drop("the reward model is Bradley-Terry with a scalar at the last token", "model.reward_model_type",
-      accepts=("binary_ranking",))  # fmt: skip
-_drop("the score is read at the last token", "model.output_sequence", "model.use_avg_pool", accepts=(False,))
+_BATCHES = "global_batch_size micro_batch_size max_seq_length shuffle"
+_drop("there is no test split", f"file_path {_BATCHES}", under="model.data.test_ds.")
+_drop(
+    "validation uses the training batch sizes and length, in order",
+    _BATCHES,
+    under="model.data.validation_ds.",
+)
+_drop(
+    "the optimizer is megatron-core's; its buckets are its own",
+    "bucket_cap_mb overlap_grad_sync overlap_param_sync contiguous_grad_buffer contiguous_param_buffer "
+    "grad_sync_dtype dtype sched.max_steps",
+    under="model.optim.",
+)
+_drop(
+    "the reward model is Bradley-Terry with a scalar at the last token",
+    "model.reward_model_type",
+    accepts=("binary_ranking",),
+)
+_drop("the score is read at the last token", "output_sequence use_avg_pool", under="model.", accepts=(False,))
 _drop("the scalar head always computes in fp32", "model.force_head_dtype")
 _drop("scoring uses the training micro-batch", "model.forward_micro_batch_size")
-_drop("Adam's states stay on the GPU", "model.ppo.offload_adam_states", "model.offload_adam_states",
-      accepts=(False, None))  # fmt: skip
-_drop("rewards are not shifted or scaled", "model.reward_standardization.enable", accepts=(False, None))
-_drop("rewards are not shifted or scaled", "model.reward_standardization.mean", "model.reward_standardization.std")
+_drop(
+    "Adam's states stay on the GPU",
+    "ppo.offload_adam_states offload_adam_states",
+    under="model.",
+    accepts=OFF,
+)
+_drop("rewards are not shifted or scaled", "model.reward_standardization.enable", accepts=OFF)
+_drop("rewards are not shifted or scaled", "mean std", under="model.reward_standardization.")
 _drop("the KL penalty is the plain log-ratio", "trainer.ppo.use_absolute_kl", accepts=(False,))
 _drop("validation generates with rollout_micro_batch_size", "model.ppo.val_rollout_micro_batch_size")
-_drop(ONE_JOB, *(f"trainer.ppo.{name}" for name in (
-    "port", "combine_rm_and_critic_server", "max_queue_delay_microseconds", "strip_sequence_length_to_multiple")))  # fmt: skip
-_drop("sampling is set by temperature, top_k and top_p", *(f"model.ppo.sampling_params.{name}" for name in (
-    "add_BOS", "all_probs", "compute_logprob", "end_strings")))  # fmt: skip
+_drop(
+    ONE_JOB,
+    "port combine_rm_and_critic_server max_queue_delay_microseconds strip_sequence_length_to_multiple",
+    under="trainer.ppo.",
+)
+_drop(
+    "sampling is set by temperature, top_k and top_p",
+    "add_BOS all_probs compute_logprob end_strings",
+    under="model.ppo.sampling_params.",
+)
 _drop("greedy rollouts explore nothing", "model.ppo.sampling_params.use_greedy", accepts=(False,))
 _drop("not built", "model.ppo.sampling_params.repetition_penalty", accepts=(1.0, 1))
 _drop("exp_manager.explicit_log_dir names the run", "exp_manager.name")
-_drop("TensorBoard files and metrics.jsonl are written", "exp_manager.create_wandb_logger",
-      "exp_manager.create_tensorboard_logger", "exp_manager.log_step_timing", "exp_manager.step_timing_kwargs")  # fmt: skip
-_drop(NEWEST, "exp_manager.create_checkpoint_callback", *(f"exp_manager.checkpoint_callback_params.{name}" for name in (
-    "monitor", "mode", "filename", "save_last", "save_nemo_on_train_end", "always_save_nemo", "save_best_model",
-    "model_parallel_size", "every_n_train_steps")))  # fmt: skip
+_drop(
+    "TensorBoard files and metrics.jsonl are written",
+    "create_wandb_logger create_tensorboard_logger log_step_timing step_timing_kwargs",
+    under="exp_manager.",
+)
+_drop(NEWEST, "exp_manager.create_checkpoint_callback")
+_drop(
+    NEWEST,
+    "monitor mode filename save_last save_nemo_on_train_end always_save_nemo save_best_model model_parallel_size "
+    "every_n_train_steps",
+    under="exp_manager.checkpoint_callback_params.",
+)
 
 # Whole sections that go, with the reason.
 SECTIONS = {
@@ -155,7 +208,10 @@ SECTIONS = {
 }
 # Values of keys we share whose names differ.
 VALUES: dict[str, dict[Any, Any]] = {
-    "model.optim.name": {"mcore_distributed_optim": "distributed_fused_adam", "megatron_fused_adam": "fused_adam"},
+    "model.optim.name": {
+        "mcore_distributed_optim": "distributed_fused_adam",
+        "megatron_fused_adam": "fused_adam",
+    },
     "trainer.precision": {"bf16-true": "bf16"},
 }
 
@@ -185,7 +241,9 @@ def translate(plain: dict[str, Any], known: Iterable[str]) -> tuple[list[str], l
             found = Fate(reason="exp_manager.explicit_log_dir is given")
         _remove(plain, key)
         if found.accepts and value not in found.accepts:
-            problems.append(Problem(key, f"given {_word(value)}, but {found.reason}", "", found.describe(key)))
+            problems.append(
+                Problem(key, f"given {_word(value)}, but {found.reason}", "", found.describe(key))
+            )
         elif found.to and value is not None:
             _set(plain, found.to, _as_one(value))
             notes.append(f"{key} -> {found.to}")

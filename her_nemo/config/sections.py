@@ -209,7 +209,7 @@ class ExpManager(Section):
     )
     resume_if_exists: bool = knob(True, "Go on from the newest checkpoint in the run directory.")
     resume_ignore_no_checkpoint: bool = knob(True, "With resume_if_exists: start afresh when there is none.")
-    max_time_per_run: Annotated[str, Field(pattern=r"^\d+:[0-5]\d:[0-5]\d:[0-5]\d$|^\d+:[0-5]\d:[0-5]\d$")] | None = knob(
+    max_time_per_run: Annotated[str, Field(pattern=r"^(\d+:)?\d+:[0-5]\d:[0-5]\d$")] | None = knob(
         None, "Save and stop after this long, days:hours:minutes:seconds or hours:minutes:seconds; null never stops."
     )
     checkpoint_callback_params: CheckpointCallbackParams = CheckpointCallbackParams()

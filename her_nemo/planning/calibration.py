@@ -30,8 +30,12 @@ class Gpu:
 # one direction. Network: the DGX reference machine's NIC per GPU (HDR 200 Gb/s, else NDR 400 Gb/s).
 GPUS = {
     "a100_80gb": Gpu("A100 80 GB SXM", 81_920 << 20, 312 * TERA, 312 * TERA, 2.039 * TERA, 300 * GB, 25 * GB),
-    "h100_80gb": Gpu("H100 80 GB SXM", 81_559 << 20, 989.4 * TERA, 1978.9 * TERA, 3.35 * TERA, 450 * GB, 50 * GB),
-    "h200_141gb": Gpu("H200 141 GB SXM", 143_771 << 20, 989.4 * TERA, 1978.9 * TERA, 4.8 * TERA, 450 * GB, 50 * GB),
+    "h100_80gb": Gpu(
+        "H100 80 GB SXM", 81_559 << 20, 989.4 * TERA, 1978.9 * TERA, 3.35 * TERA, 450 * GB, 50 * GB
+    ),
+    "h200_141gb": Gpu(
+        "H200 141 GB SXM", 143_771 << 20, 989.4 * TERA, 1978.9 * TERA, 4.8 * TERA, 450 * GB, 50 * GB
+    ),
 }
 
 # ---------------------------------------------------------------- memory

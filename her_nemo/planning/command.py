@@ -1,7 +1,7 @@
-"""`her-nemo plan STAGE [overrides] [--json] [--search] [--length TOKENS]`: will it run, will it fit, how long, how much.
+"""`her-nemo plan STAGE [overrides] [--json] [--search] [--length TOKENS]`: will it run, will it fit, how long.
 
-No torch, no process group. What is required and was not given (paths, mostly) is listed, not refused: a plan can be made
-before the files are there. Exit code 0 if nothing is wrong and it fits, else 2.
+No torch, no process group. What is required and was not given (paths, mostly) is listed, not refused: a plan can be
+made before the files are there. Exit code 0 if nothing is wrong and it fits, else 2.
 """
 
 from __future__ import annotations
@@ -170,9 +170,13 @@ def _notes(config: Any, answer: Answer, length: float | None) -> list[str]:
     if not answer.checked_memory:
         notes.append("trainer.accelerator=cpu: memory is not held against a GPU's")
     if length is None:
-        notes.append(f"times take every sequence at {config.model.encoder_seq_length} tokens; --length N for a mean")
+        notes.append(
+            f"times take every sequence at {config.model.encoder_seq_length} tokens; --length N for a mean"
+        )
     if isinstance(config, PpoConfig):
-        notes.append("rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess")
+        notes.append(
+            "rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess"
+        )
     return notes
 
 
@@ -236,11 +240,19 @@ def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
         "models on the first stage's first GPU (GB): "
         + "; ".join(
             f"{name} {held.weights / GB:.1f} weights"
-            + (f" + {held.gradients / GB:.1f} gradients + {held.optimizer / GB:.1f} optimizer" if held.gradients else "")
+            + (
+                f" + {held.gradients / GB:.1f} gradients + {held.optimizer / GB:.1f} optimizer"
+                if held.gradients
+                else ""
+            )
             for name, held in plan.parts.items()
         ),
         f"peak {plan.peak.total / GB:.1f} GB in {plan.peak.name}; {plan.usable / GB:.1f} GB usable: "
-        + (f"{plan.headroom / GB:.1f} GB free" if plan.headroom >= 0 else f"{-plan.headroom / GB:.1f} GB too much"),
+        + (
+            f"{plan.headroom / GB:.1f} GB free"
+            if plan.headroom >= 0
+            else f"{-plan.headroom / GB:.1f} GB too much"
+        ),
         f"{plan.step_seconds:.2f} s a step, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
         + (f"; {answer.steps} steps are {gpu_hours(answer):,.1f} GPU hours" if answer.steps else ""),
     ]
@@ -267,12 +279,15 @@ def as_json(answer: Answer) -> dict[str, Any]:
         body["parameters"] = answer.parameters
         body["fits"] = answer.fits
         body["plan"] = _plan_json(answer.plan)
-        body["fixes"] = [{"changes": option.changes, "plan": _plan_json(option.plan)} for option in answer.fixes]
+        body["fixes"] = [
+            {"changes": option.changes, "plan": _plan_json(option.plan)} for option in answer.fixes
+        ]
         if answer.steps:
             body |= {"steps": answer.steps, "gpu_hours": gpu_hours(answer)}
     if answer.found is not None:
         body["layouts"] = [
-            {"changes": option.changes, "why": option.why(), "plan": _plan_json(option.plan)} for option in answer.found
+            {"changes": option.changes, "why": option.why(), "plan": _plan_json(option.plan)}
+            for option in answer.found
         ]
     return body
 

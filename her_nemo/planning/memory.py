@@ -105,7 +105,12 @@ def layer_activations(
     tokens = sequence * batch
     # Sequence parallelism cuts norms and residuals, tensor parallelism heads and feed-forward.
     outer = tokens // tp if layout.sequence_parallel else tokens
-    h, q, g, f = shape.hidden_size, shape.query_width // tp, shape.group_width // tp, shape.ffn_hidden_size // tp
+    h, q, g, f = (
+        shape.hidden_size,
+        shape.query_width // tp,
+        shape.group_width // tp,
+        shape.ffn_hidden_size // tp,
+    )
     heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
     up = 2 * f if shape.gated else f
     softmax = tokens * heads * FP32  # log-sum-exp of flash attention
@@ -135,7 +140,14 @@ def boundary_bytes(shape: Shape, layout: Layout, *, tokens: int, precision: str)
 
 
 def head_activations(
-    shape: Shape, layout: Layout, *, tokens: int, precision: str, head: Head, kernels: Kernels, divisible_by: int
+    shape: Shape,
+    layout: Layout,
+    *,
+    tokens: int,
+    precision: str,
+    head: Head,
+    kernels: Kernels,
+    divisible_by: int,
 ) -> int:
     """Bytes the last stage keeps after its layers: final norm, and the probabilities (fp32) of the vocabulary."""
     e, outer = PARAMETER_BYTES[precision], tokens // (layout.tensor if layout.sequence_parallel else 1)
@@ -150,7 +162,9 @@ def head_activations(
     return norm + tokens * (min(width, shape.vocab_size) * FP32 + 9)
 
 
-def logits_transient(shape: Shape, layout: Layout, *, tokens: int, precision: str, divisible_by: int, entropy: bool) -> int:
+def logits_transient(
+    shape: Shape, layout: Layout, *, tokens: int, precision: str, divisible_by: int, entropy: bool
+) -> int:
     """Bytes that come on top of `head_activations` for an instant: logits and the copies of log_probs.py.
 
     Forward: the logits in the model's precision, one more fp32 copy while the peak is subtracted (in bf16), and one
@@ -179,7 +193,9 @@ def stage_activations(
     recompute = recompute or Recompute()
     layers = shape.num_layers // layout.pipeline
     tokens = sequence * batch
-    one = layer_activations(shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels)
+    one = layer_activations(
+        shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels
+    )
     boundary = boundary_bytes(shape, layout, tokens=tokens, precision=precision)
     working = 0
     if recompute.granularity == "full":
@@ -198,7 +214,13 @@ def stage_activations(
         kept += tokens * 8  # token ids, int64
     if stage == layout.pipeline - 1:
         kept += head_activations(
-            shape, layout, tokens=tokens, precision=precision, head=head, kernels=kernels, divisible_by=divisible_by
+            shape,
+            layout,
+            tokens=tokens,
+            precision=precision,
+            head=head,
+            kernels=kernels,
+            divisible_by=divisible_by,
         )
     return kept, working
 

@@ -64,13 +64,20 @@ def _megatron_tflops() -> float:
     return model_flops(GPT_32B, sequences * length, length, causal=False) / seconds / layout.gpus / cal.TERA
 
 
-def _tokens_per_second(shape: Shape, layout: Layout, *, sequences: int, length: int, fp8: bool = True) -> float:
+def _tokens_per_second(
+    shape: Shape, layout: Layout, *, sequences: int, length: int, fp8: bool = True
+) -> float:
     seconds = train_step(_tuned(shape, layout, fp8=fp8), sequences=sequences, length=length).total
     return sequences * length / seconds / layout.gpus
 
 
 def _grpo_seconds(
-    shape: Shape, layout: Layout, engine_tensor: int, mean: float, longest: float, recompute: Recompute | None = None
+    shape: Shape,
+    layout: Layout,
+    engine_tensor: int,
+    mean: float,
+    longest: float,
+    recompute: Recompute | None = None,
 ) -> float:
     """NeMo-RL: 2,048 samples in updates of 512; two passes for log-probs (policy, reference), then training."""
     samples, prompt = 2048, 150.0
@@ -127,7 +134,7 @@ POINTS: tuple[Point, ...] = (
           lambda: _tokens_per_second(LLAMA_2_70B, Layout(4, 4, 4, True, virtual=20), sequences=128, length=4096),
           assumed=PP4),
     Point("Llama-3-70B pretraining FP8 TP4 PP4 CP2 VP5, 64 GPUs", NEMO_24_12, "tokens/s/GPU", 1524,
-          lambda: _tokens_per_second(LLAMA_3_70B, Layout(4, 4, 2, True, virtual=5, context=2), sequences=128, length=8192),
+          lambda: _tokens_per_second(LLAMA_3_70B, Layout(4, 4, 2, True, 5, 2), sequences=128, length=8192),
           assumed=PP4),
     Point("NeMo-RL GRPO Llama-3.1-8B, 16 GPUs", NEMO_RL, "s/step", 97.7,
           lambda: _grpo_seconds(LLAMA_3_8B, Layout(1, 2, 8), 1, 1060, 4096, Recompute("full", "uniform", 1)),

@@ -61,7 +61,9 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
     """What preflight would refuse: heads, layers, processes, batches."""
     model, trainer = config.model, config.trainer
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    if any(size % tensor for size in (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)):
+    if any(
+        size % tensor for size in (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    ):
         return False
     if shape.num_layers % pipeline or trainer.world_size % (tensor * pipeline):
         return False
@@ -72,7 +74,9 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
     return ppo is None or ppo.num_rollout_samples % data == 0
 
 
-def layouts(config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5) -> list[Option]:
+def layouts(
+    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5
+) -> list[Option]:
     """The `best` fastest configurations that fit, over TP, PP, DP, micro-batch, recomputation and precision.
 
     TP stays within a machine; sequence parallelism goes with TP. DP follows from the rest.
@@ -80,12 +84,19 @@ def layouts(config: TrainingConfig, shape: Shape, *, length: float | None = None
     found: list[Option] = []
     trainer = config.trainer
     tensors = [size for size in (1, 2, 4, 8) if size <= trainer.devices]
-    pipelines = [size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16]
+    pipelines = [
+        size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16
+    ]
     precisions = dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
     for tensor, pipeline, rows, redo, precision in itertools.product(
         tensors, pipelines, (1, 2, 4, 8), (NONE, FULL), precisions
     ):
-        changes = {TP: tensor, PP: pipeline, "model.sequence_parallel": tensor > 1, "model.micro_batch_size": rows}
+        changes = {
+            TP: tensor,
+            PP: pipeline,
+            "model.sequence_parallel": tensor > 1,
+            "model.micro_batch_size": rows,
+        }
         changes |= redo | {"trainer.precision": precision}
         changed = with_keys(config, changes)
         if _divides(changed, shape):
@@ -111,7 +122,11 @@ def _distinct(options: list[Option]) -> list[Option]:
 
 def _single_changes(config: TrainingConfig) -> Iterator[dict[str, Any]]:
     model = config.model
-    for key in ("model.micro_batch_size", "model.ppo.forward_micro_batch_size", "model.ppo.rollout_micro_batch_size"):
+    for key in (
+        "model.micro_batch_size",
+        "model.ppo.forward_micro_batch_size",
+        "model.ppo.rollout_micro_batch_size",
+    ):
         if key.startswith("model.ppo") and getattr(model, "ppo", None) is None:
             continue
         size = _get(config, key)
@@ -141,7 +156,9 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
-def fixes(config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 3) -> list[Option]:
+def fixes(
+    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 3
+) -> list[Option]:
     """The `best` cheapest changes that make the plan fit: single ones if they do, else two or three together.
 
     Cheapest is least GPU time per step, changes that need no more machines first.
@@ -154,7 +171,9 @@ def fixes(config: TrainingConfig, shape: Shape, *, length: float | None = None, 
             if len(changes) < sum(len(change) for change in chosen):
                 continue  # two values for one key
             changed = with_keys(config, changes)
-            if changed.model.tensor_model_parallel_size > changed.trainer.devices or not _divides(changed, shape):
+            if changed.model.tensor_model_parallel_size > changed.trainer.devices or not _divides(
+                changed, shape
+            ):
                 continue
             option = Option(changes, plan(changed, shape, length))
             # A change more than is needed is no answer.

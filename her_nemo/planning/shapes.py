@@ -157,7 +157,9 @@ class Buffer:
         return owned
 
 
-def buffer(parameters: list[Parameter], shards: int, *, distributed: bool, bucket_elements: int | None = None) -> Buffer:
+def buffer(
+    parameters: list[Parameter], shards: int, *, distributed: bool, bucket_elements: int | None = None
+) -> Buffer:
     """Lay parameters out as megatron-core does: last first, and aligned only for the distributed optimizer.
 
     `bucket_elements` closes a bucket once it holds that many; None puts all in one.

@@ -126,7 +126,9 @@ class Planner:
 
     def work(self, head: Head = "lm") -> Work:
         """For the time model. Our configuration of megatron-core overlaps neither TP traffic nor the all-gather."""
-        return Work(self.shape, self.layout, self.machine, self.precision, head=head, recompute=self.recompute)
+        return Work(
+            self.shape, self.layout, self.machine, self.precision, head=head, recompute=self.recompute
+        )
 
     def held(self, part: Part, stage: int) -> ModelBytes:
         return memory.model_bytes(
@@ -146,7 +148,9 @@ class Planner:
 
     # ------------------------------------------------------------ passes
 
-    def training_bytes(self, stage: int, *, head: Head, sequences: int, micro_batches: int, entropy: bool) -> int:
+    def training_bytes(
+        self, stage: int, *, head: Head, sequences: int, micro_batches: int, entropy: bool
+    ) -> int:
         """The pass of one optimizer step: activations in flight, layers redone, logits, hidden states exchanged."""
         length, precision = self.model.encoder_seq_length, self.precision
         common = {"precision": precision, "head": head, "kernels": self.kernels}
@@ -159,7 +163,12 @@ class Planner:
         tokens = length * sequences
         if stage == self.layout.pipeline - 1 and head == "lm":
             needed += memory.logits_transient(
-                self.shape, self.layout, tokens=tokens, precision=precision, divisible_by=divisible, entropy=entropy
+                self.shape,
+                self.layout,
+                tokens=tokens,
+                precision=precision,
+                divisible_by=divisible,
+                entropy=entropy,
             )
         # Gradients of one layer's activations while it is taken back: its widest tensors.
         needed += self.forward_bytes(tokens)
@@ -179,17 +188,26 @@ class Planner:
             divisible = self.model.make_vocab_size_divisible_by
             needed += memory.head_activations(
                 self.shape, self.layout, head="lm", kernels=self.kernels, divisible_by=divisible, **common
-            ) + memory.logits_transient(self.shape, self.layout, divisible_by=divisible, entropy=False, **common)
+            ) + memory.logits_transient(
+                self.shape, self.layout, divisible_by=divisible, entropy=False, **common
+            )
         return needed
 
     def rollout_bytes(self, config: PpoConfig) -> int:
         """Keys and values, the mask of the prompt, its widest layer, and drawing from the whole vocabulary."""
         rows, length = config.model.ppo.rollout_micro_batch_size, config.model.encoder_seq_length
         prompt = length - config.model.ppo.length_params.max_length
-        cache = memory.kv_cache_bytes(self.shape, self.layout, sequences=rows, length=length, precision=self.precision)
+        cache = memory.kv_cache_bytes(
+            self.shape, self.layout, sequences=rows, length=length, precision=self.precision
+        )
         unsplit = replace(self, layout=replace(self.layout, sequence_parallel=False))
         mask = 2 * rows * prompt * prompt  # bool, and its inverse
-        return cache + mask + unsplit.forward_bytes(rows * prompt) + rows * self.shape.vocab_size * SAMPLING_BYTES
+        return (
+            cache
+            + mask
+            + unsplit.forward_bytes(rows * prompt)
+            + rows * self.shape.vocab_size * SAMPLING_BYTES
+        )
 
     def stepping_bytes(self, held: ModelBytes) -> int:
         """Beside the states: with bf16 gradients, the fp32 copy of the shard the optimizer steps."""
@@ -199,10 +217,14 @@ class Planner:
         overhead = self.overhead + int(passing * cal.FRAGMENTATION)
         return Phase(name, static, passing, overhead, seconds, bottleneck)
 
-    def fullest(self, name: str, parts: list[Part], passing: dict[int, int], seconds: float, why: str = "") -> Phase:
+    def fullest(
+        self, name: str, parts: list[Part], passing: dict[int, int], seconds: float, why: str = ""
+    ) -> Phase:
         """The phase on the stage where it needs most."""
         phases = [
-            self.phase(name, sum(self.held(part, stage).total for part in parts), passing[stage], seconds, why)
+            self.phase(
+                name, sum(self.held(part, stage).total for part in parts), passing[stage], seconds, why
+            )
             for stage in self.stages
         ]
         return max(phases, key=lambda phase: phase.total)
@@ -232,10 +254,14 @@ def _learning(
     )
     passing = {
         stage: resident
-        + planner.training_bytes(stage, head=part.head, sequences=rows, micro_batches=micro_batches, entropy=entropy)
+        + planner.training_bytes(
+            stage, head=part.head, sequences=rows, micro_batches=micro_batches, entropy=entropy
+        )
         for stage in planner.stages
     }
-    stepping = {stage: resident + planner.stepping_bytes(planner.held(part, stage)) for stage in planner.stages}
+    stepping = {
+        stage: resident + planner.stepping_bytes(planner.held(part, stage)) for stage in planner.stages
+    }
     outside = step.optimizer + step.data_traffic
     return [
         planner.fullest(name, parts, passing, updates * (step.total - outside), step.bottleneck()),

@@ -14,6 +14,7 @@ from her_nemo.planning.calibration import Gpu
 from her_nemo.planning.memory import PARAMETER_BYTES, Recompute, model_bytes
 from her_nemo.planning.shapes import Head, Layout, Shape, total_parameters
 
+NO_RECOMPUTE = Recompute()
 BACKWARD = 2.0  # of the forward's operations: gradients of inputs and of weights
 
 
@@ -40,7 +41,7 @@ class Work:
     precision: str = "bf16"
     fp8: bool = False
     head: Head = "lm"
-    recompute: Recompute = Recompute()
+    recompute: Recompute = NO_RECOMPUTE
     tensor_overlap: bool = False  # Transformer Engine's overlap of tensor-parallel traffic
     distributed: bool = True
     parameter_overlap: bool = False  # the all-gather of updated weights behind the next forward
@@ -73,7 +74,9 @@ class TrainTime:
 
 def matrix_flops(shape: Shape, head: Head = "lm") -> tuple[float, float]:
     """Forward operations per token of (one layer's matrices, the head)."""
-    return 2.0 * shape.layer_matrix_elements, 2.0 * shape.hidden_size * (shape.vocab_size if head == "lm" else 1)
+    return 2.0 * shape.layer_matrix_elements, 2.0 * shape.hidden_size * (
+        shape.vocab_size if head == "lm" else 1
+    )
 
 
 def attention_flops(shape: Shape, length: float) -> float:
@@ -81,7 +84,9 @@ def attention_flops(shape: Shape, length: float) -> float:
     return 2.0 * length * shape.query_width
 
 
-def model_flops(shape: Shape, tokens: float, length: float, *, head: Head = "lm", causal: bool = True) -> float:
+def model_flops(
+    shape: Shape, tokens: float, length: float, *, head: Head = "lm", causal: bool = True
+) -> float:
     """Operations of forward and backward over `tokens`, recomputation not counted.
 
     `causal=False` counts the whole square of attention, as Megatron-LM's published TFLOP/s do.
@@ -91,7 +96,9 @@ def model_flops(shape: Shape, tokens: float, length: float, *, head: Head = "lm"
     return (1 + BACKWARD) * tokens * (shape.num_layers * (layer + attention) + top)
 
 
-def _pass_seconds(work: Work, tokens: float, length: float, *, backward: bool) -> tuple[float, float, float, float]:
+def _pass_seconds(
+    work: Work, tokens: float, length: float, *, backward: bool
+) -> tuple[float, float, float, float]:
     """One micro-batch through the slowest stage (matrices, attention, elementwise, tensor traffic)."""
     shape, layout, gpu = work.shape, work.layout, work.machine.gpu
     layers = shape.num_layers / layout.pipeline
@@ -130,13 +137,17 @@ def train_step(work: Work, *, sequences: int, length: float, micro_batch: float 
     parts = _pass_seconds(work, micro_batch * length, length, backward=True)
     one = sum(parts)
     bubble = (layout.pipeline - 1) / layout.virtual * one
-    held = model_bytes(work.shape, layout, 0, head=work.head, precision=work.precision, distributed=work.distributed)
+    held = model_bytes(
+        work.shape, layout, 0, head=work.head, precision=work.precision, distributed=work.distributed
+    )
     data = 0.0
     if layout.shards > 1:
         # Ranks of one replica sit side by side, so replicas meet over the network unless all share a machine.
         link = machine.link(layout.gpus)
         share = (layout.shards - 1) / layout.shards
-        reduce = held.gradients * share / link * (1.0 if work.distributed else 2.0) * (1.0 - cal.OVERLAP_HIDDEN)
+        reduce = (
+            held.gradients * share / link * (1.0 if work.distributed else 2.0) * (1.0 - cal.OVERLAP_HIDDEN)
+        )
         gather = held.weights * share / link if work.distributed else 0.0
         data = reduce + gather * (1.0 - cal.OVERLAP_HIDDEN if work.parameter_overlap else 1.0)
     # Reads weights' master copy, moments and gradients, writes them back but for the gradients.
@@ -155,7 +166,9 @@ def forward_seconds(work: Work, *, sequences: int, length: float, micro_batch: f
 # ---------------------------------------------------------------- generation
 
 
-def decode_step_seconds(work: Work, *, batch: float, context: float, step_seconds: float, layer_seconds: float) -> float:
+def decode_step_seconds(
+    work: Work, *, batch: float, context: float, step_seconds: float, layer_seconds: float
+) -> float:
     """One token for each of `batch` sequences with `context` tokens behind them; the stages of a pipeline in turn.
 
     `step_seconds` is the engine's own time per step, `layer_seconds` the least a layer takes.
@@ -170,7 +183,7 @@ def decode_step_seconds(work: Work, *, batch: float, context: float, step_second
 
 
 def engine_capacity(work: Work, length: float, *, memory_share: float) -> int:
-    """Sequences of `length` tokens a vLLM-like engine decodes at once: what its share of memory leaves for keys/values."""
+    """Sequences of `length` tokens a vLLM-like engine decodes at once, in what its share of memory leaves."""
     gpu, shape, tensor = work.machine.gpu, work.shape, work.layout.tensor
     left = gpu.memory * memory_share - cal.CONTEXT_BYTES - total_parameters(shape) * work.element / tensor
     per_sequence = 2 * shape.num_layers * shape.group_width * work.element * length / tensor
@@ -203,7 +216,9 @@ def engine_seconds(
     return prefill + full * full_step + max(0.0, longest - reply) * tail_step
 
 
-def eager_generation_seconds(work: Work, *, sequences: float, prompt: float, longest: float, concurrent: int) -> float:
+def eager_generation_seconds(
+    work: Work, *, sequences: float, prompt: float, longest: float, concurrent: int
+) -> float:
     """The trainer's own engine (rollout/megatron_engine.py): batches of `concurrent` one after another, each as long
     as its longest reply, every kernel launched from Python."""
     batches = -(-sequences // concurrent)

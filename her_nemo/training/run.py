@@ -158,8 +158,8 @@ def distributed(cfg: Any) -> Iterator[None]:
     """Megatron made fit for this machine and its parallel groups, for as long as the block lasts."""
     if cfg.trainer.accelerator == "gpu" and platform.backend() != "nccl":
         raise UserError(
-            "trainer.accelerator is gpu, but torch sees no CUDA here. Install a CUDA build of torch, run where the GPUs "
-            "are, or set trainer.accelerator=cpu."
+            "trainer.accelerator is gpu, but torch sees no CUDA here. Install a CUDA build of torch, run where the "
+            "GPUs are, or set trainer.accelerator=cpu."
         )
     platform.apply()
     parallel.initialize(

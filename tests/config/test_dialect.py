@@ -91,7 +91,9 @@ inference: {greedy: false}
 """
 
 
-@pytest.mark.parametrize(("stage", "keys"), [("sft", COMMON + SFT), ("reward", COMMON + REWARD), ("ppo", COMMON + PPO)])
+@pytest.mark.parametrize(
+    ("stage", "keys"), [("sft", COMMON + SFT), ("reward", COMMON + REWARD), ("ppo", COMMON + PPO)]
+)
 def test_every_key_of_theirs_has_an_answer(stage: str, keys: str) -> None:
     ours = {key for key, _ in compose.known_keys(STAGES[stage])}
     silent = [key for key in keys.split() if key not in ours and dialect.fate(key) is None]
@@ -142,7 +144,11 @@ def test_what_is_asked_for_and_not_done_is_refused(tmp_path: Path) -> None:
 
 def test_actor_and_critic_keys() -> None:
     notes: list[str] = []
-    given = ["pretrained_checkpoint.restore_from_path=/b", "reward.restore_from_path=/r", "model.data.train_ds.file_path=/t"]
+    given = [
+        "pretrained_checkpoint.restore_from_path=/b",
+        "reward.restore_from_path=/r",
+        "model.data.train_ds.file_path=/t",
+    ]
     config = compose.load(
         "ppo", [*given, "trainer.ppo.model_gbs=32", "model.loss_clip_val=0.3", "trainer.ppo.trt_llm.enable=true",
                 "remote_critic_rm.pad_to_length=8", "exp_manager.exp_dir=/ignored"], notes=notes,

@@ -60,7 +60,9 @@ class Reader(ast.NodeVisitor):
         self.section: Types = ()  # the section whose methods are being read
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.section = (SECTIONS[node.name],) if self.file.startswith("config/") and node.name in SECTIONS else ()
+        self.section = (
+            (SECTIONS[node.name],) if self.file.startswith("config/") and node.name in SECTIONS else ()
+        )
         self.generic_visit(node)
         self.section = ()
 
@@ -101,8 +103,16 @@ class Reader(ast.NodeVisitor):
         """`if isinstance(config, SftConfig | PpoConfig)`: inside, it is one of those."""
         before = dict(self.names)
         test = node.test
-        if isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance" and isinstance(test.args[0], ast.Name):
-            narrow = tuple(SECTIONS[word.strip()] for word in ast.unparse(test.args[1]).split("|") if word.strip() in SECTIONS)
+        if (
+            isinstance(test, ast.Call)
+            and ast.unparse(test.func) == "isinstance"
+            and isinstance(test.args[0], ast.Name)
+        ):
+            narrow = tuple(
+                SECTIONS[word.strip()]
+                for word in ast.unparse(test.args[1]).split("|")
+                if word.strip() in SECTIONS
+            )
             if narrow:
                 self.names[test.args[0].id] = narrow
         self.visit(test)
@@ -118,7 +128,9 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.IfExp):
             return self.types(node.body) + self.types(node.orelse)
         if isinstance(node, ast.Attribute):
-            if ast.unparse(node) in ("self.cfg", "self.config") and not any(self.file.startswith(p) for p in OTHERS):
+            if ast.unparse(node) in ("self.cfg", "self.config") and not any(
+                self.file.startswith(p) for p in OTHERS
+            ):
                 return ANY["cfg"]
             if ast.unparse(node) in ("self.model", "planner.model") and self.file == "planning/stages.py":
                 return ANY["model"]

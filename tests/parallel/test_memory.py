@@ -29,13 +29,24 @@ TWO = [
     {"name": "tp2", "precision": "32", "tensor": 2},
     {"name": "tp2 sequence", "precision": "32", "tensor": 2, "sequence_parallel": True},
     {"name": "tp2 sequence bf16", "precision": "bf16", "tensor": 2, "sequence_parallel": True, "tied": False},
-    {"name": "tp2 sequence scalar", "precision": "32", "tensor": 2, "sequence_parallel": True, "head": "scalar"},
+    {
+        "name": "tp2 sequence scalar",
+        "precision": "32",
+        "tensor": 2,
+        "sequence_parallel": True,
+        "head": "scalar",
+    },
     {"name": "pp2", "precision": "32", "pipeline": 2},
     {"name": "pp2 untied", "precision": "bf16", "pipeline": 2, "tied": False},
     {"name": "dp2", "precision": "32"},
     {"name": "dp2 distributed", "precision": "32", "distributed": True},
     {"name": "dp2 distributed bf16", "precision": "bf16", "distributed": True, "tied": False},
-    {"name": "dp2 distributed mixed scalar", "precision": "bf16-mixed", "distributed": True, "head": "scalar"},
+    {
+        "name": "dp2 distributed mixed scalar",
+        "precision": "bf16-mixed",
+        "distributed": True,
+        "head": "scalar",
+    },
 ]
 FOUR = [
     {"name": "tp2 pp2", "precision": "bf16-mixed", "tensor": 2, "pipeline": 2, "sequence_parallel": True},
@@ -54,10 +65,14 @@ def assert_predicted(processes: int, cases: list[dict]) -> None:
             static, activations = predicted(case, processes, found["stage"], found["data_rank"])
             for part in ("weights", "gradients", "main_weights", "moments"):
                 if getattr(static, part) != found[part]:
-                    wrong.append(f"{case['name']} rank {rank} {part}: {getattr(static, part)} != {found[part]}")
+                    wrong.append(
+                        f"{case['name']} rank {rank} {part}: {getattr(static, part)} != {found[part]}"
+                    )
             gap = activations / found["activations"] - 1
             if abs(gap) > 0.10:
-                wrong.append(f"{case['name']} rank {rank} activations: {activations}, held {found['activations']}: {gap:+.1%}")
+                wrong.append(
+                    f"{case['name']} rank {rank} activations: {activations}, held {found['activations']}: {gap:+.1%}"
+                )
     assert not wrong, "\n".join(wrong)
 
 

@@ -19,7 +19,12 @@ from her_nemo.planning.shapes import Layout, Shape, total_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 EIGHT = ["model=qwen3_8b", "cluster=h100_1x8", "precision=bf16", "model.tensor_model_parallel_size=2"]
-LARGE = ["model=qwen3_32b", "precision=bf16", "model.global_batch_size=64", "model.ppo.num_rollout_samples=64"]
+LARGE = [
+    "model=qwen3_32b",
+    "precision=bf16",
+    "model.global_batch_size=64",
+    "model.ppo.num_rollout_samples=64",
+]
 SEARCHED = ("cluster=h100_4x8",)
 
 
@@ -50,7 +55,13 @@ def test_phases_of_sft_add_up() -> None:
 
 
 def test_ppo_keeps_four_models_and_names_its_phases() -> None:
-    found = answer("ppo", *LARGE, "cluster=h100_8x8", "model.tensor_model_parallel_size=8", "model.sequence_parallel=true")
+    found = answer(
+        "ppo",
+        *LARGE,
+        "cluster=h100_8x8",
+        "model.tensor_model_parallel_size=8",
+        "model.sequence_parallel=true",
+    )
     assert list(found.plan.parts) == ["actor", "critic", "reference", "reward model"]
     assert found.plan.parts["reference"].gradients == found.plan.parts["reference"].optimizer == 0
     names = [phase.name for phase in found.plan.phases]
@@ -69,7 +80,8 @@ def test_memory_falls_with_what_ought_to_lower_it() -> None:
     plain = peak()
     full = ["model.activations_checkpoint_granularity=full", "model.activations_checkpoint_method=uniform",
             "model.activations_checkpoint_num_layers=1"]  # fmt: skip
-    for overrides in (["model.sequence_parallel=true"], full, ["model.micro_batch_size=1"], ["model.encoder_seq_length=2048"],
+    for overrides in (["model.sequence_parallel=true"], full, ["model.micro_batch_size=1"],
+                      ["model.encoder_seq_length=2048"],
                       ["model.tensor_model_parallel_size=4"]):  # fmt: skip
         assert peak(*overrides) < plain, overrides
     assert peak("precision=fp32") > plain
@@ -91,12 +103,20 @@ def test_first_and_last_stage_are_both_looked_at() -> None:
 
 def test_key_value_cache_by_hand() -> None:
     shape = Shape(36, 4096, 12288, 32, 8, 128, 151936)
-    size = memory.kv_cache_bytes(shape, Layout(tensor=4, pipeline=2), sequences=16, length=4096, precision="bf16")
+    size = memory.kv_cache_bytes(
+        shape, Layout(tensor=4, pipeline=2), sequences=16, length=4096, precision="bf16"
+    )
     assert size == 2 * 18 * 16 * 4096 * (8 // 4) * 128 * 2
 
 
 def test_what_does_not_fit_is_answered_with_changes_that_do() -> None:
-    found = answer("sft", *EIGHT, "model.tensor_model_parallel_size=1", "model.micro_batch_size=8", "model.global_batch_size=64")
+    found = answer(
+        "sft",
+        *EIGHT,
+        "model.tensor_model_parallel_size=1",
+        "model.micro_batch_size=8",
+        "model.global_batch_size=64",
+    )
     assert not found.fits
     assert found.exit_code == 2
     assert len(found.fixes) == 3
@@ -128,7 +148,10 @@ def test_the_search_finds_layouts_that_preflight_accepts() -> None:
 def test_a_wrong_layout_is_a_problem_not_a_plan() -> None:
     found = answer("sft", *EIGHT, "model.tensor_model_parallel_size=3")
     assert found.plan is None
-    assert {problem.key for problem in found.problems} >= {"model.tensor_model_parallel_size", "trainer.devices"}
+    assert {problem.key for problem in found.problems} >= {
+        "model.tensor_model_parallel_size",
+        "trainer.devices",
+    }
     assert found.exit_code == 2
 
 
@@ -172,7 +195,13 @@ def test_arguments() -> None:
 def test_the_command_answers_in_text_and_json_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["sft", *EIGHT, "trainer.sft.max_steps=100"]) == 0
     text = capsys.readouterr().out
-    for words in ("preflight of sft: nothing wrong", "8.19 B parameters on 8 x H100", "GB free", "GPU hours", "still to give"):
+    for words in (
+        "preflight of sft: nothing wrong",
+        "8.19 B parameters on 8 x H100",
+        "GB free",
+        "GPU hours",
+        "still to give",
+    ):
         assert words in text
     assert command.main(["sft", *EIGHT, "--strict"]) == 2
     assert "has to be given" in capsys.readouterr().out

@@ -47,7 +47,9 @@ def test_padding_and_stages() -> None:
 
 
 def work(**options) -> timing.Work:
-    return timing.Work(published.QWEN3_32B, options.pop("layout", Layout(8, 2, 2, True)), published.H100, **options)
+    return timing.Work(
+        published.QWEN3_32B, options.pop("layout", Layout(8, 2, 2, True)), published.H100, **options
+    )
 
 
 def test_recomputing_layers_costs_one_more_forward() -> None:

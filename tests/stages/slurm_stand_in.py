@@ -22,7 +22,9 @@ def install(folder: Path) -> Path:
     binaries.mkdir(parents=True)
     for name in ("srun", "scontrol", "scancel"):
         command = binaries / name
-        command.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "{__file__}" "{folder}" {name} "$@"\n')
+        command.write_text(
+            f'#!/usr/bin/env bash\nexec "{sys.executable}" "{__file__}" "{folder}" {name} "$@"\n'
+        )
         command.chmod(0o755)
     return binaries
 
@@ -38,7 +40,13 @@ def srun(folder: Path, words: list[str]) -> int:
     for rank in range(count):
         place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": str(count)}
         tasks.append(
-            subprocess.Popen(words, env={**os.environ, **place}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                words,
+                env={**os.environ, **place},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     (folder / TASKS).write_text(" ".join(str(task.pid) for task in tasks))
     pumps = [threading.Thread(target=pump, args=(task, rank, output)) for rank, task in enumerate(tasks)]

@@ -24,7 +24,9 @@ STEPS = 12
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_shellcheck(script: Path) -> None:
-    done = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -75,7 +77,11 @@ def sft(place: Place, out: Path) -> list[str]:
 
 def steps_done(out: Path) -> list[int]:
     file = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    rows = (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        if file.exists()
+        else []
+    )
     return [row["step"] for row in rows if row["tag"] == "train/loss"]
 
 
@@ -112,7 +118,12 @@ def test_told_to_stop_it_saves_requeues_and_goes_on(place: Place, tmp_path: Path
 
 def test_a_job_whose_preflight_fails_starts_nothing(place: Place, tmp_path: Path) -> None:
     job = Job(tmp_path)
-    wrong = job.start("sft.sh", *sft(place, tmp_path / "run"), "model.global_batch_size=7", "model.data.train_ds.file_path=/no")
+    wrong = job.start(
+        "sft.sh",
+        *sft(place, tmp_path / "run"),
+        "model.global_batch_size=7",
+        "model.data.train_ds.file_path=/no",
+    )
     said, _ = wrong.communicate(timeout=120)
     assert wrong.returncode == 2, said
     assert "use model.global_batch_size=8" in said
