@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from her_nemo.config import partial
-from her_nemo.config.architecture import Shape as Architecture
+from her_nemo.config.architecture import Shape as ArchitectureKeys
 from her_nemo.config.architecture import architecture_from_hf, architecture_from_megatron, megatron_manifest
 from her_nemo.config.errors import ConfigErrors, Problem, UserError
 from her_nemo.config.problems import MISSING
 from her_nemo.config.schema import ARCHITECTURE_KEYS, PpoConfig, RewardConfig, SftConfig
-from her_nemo.planning import preflight, published, search, stages
+from her_nemo.planning import preflight, preflight_files, published, search, stages
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
@@ -119,6 +119,9 @@ def answer_for(
         answer.notes.append(f"{stage}: preflight only; memory and time are planned for sft, reward and ppo")
         return answer
     architecture = _architecture(config)
+    answer.problems += [
+        found for found in preflight_files.check(config, architecture) if _about_this_machine(found, config)
+    ]
     missing = [key for key in ARCHITECTURE_KEYS if key not in architecture]
     if missing:
         answer.notes.append(
@@ -135,7 +138,8 @@ def answer_for(
     answer.checked_memory = config.trainer.accelerator != "cpu"
     answer.notes += _notes(config, answer, length)
     answer.steps = _steps(config)
-    if not answer.fits:
+    answer.notes.append(preflight_files.describe(config, shape))
+    if not answer.fits and not search_layouts:
         answer.fixes = search.fixes(config, shape, length=length)
     if search_layouts:
         answer.found = search.layouts(config, shape, length=length)
@@ -148,10 +152,16 @@ LAYOUT_KEYS = {
 }  # fmt: skip
 
 
-def _architecture(config: Any) -> Architecture:
+def _about_this_machine(problem: Problem, config: Any) -> bool:
+    """A plan made on a laptop for a cluster says nothing of the laptop's disk: only a run that can start does."""
+    is_disk = problem.key == preflight_files.RUN_DIR and "GB free" in problem.message
+    return not is_disk or config.pretrained_checkpoint.restore_from_path != partial.NOT_GIVEN
+
+
+def _architecture(config: Any) -> ArchitectureKeys:
     """Keys given, over those of the checkpoint where it is there to read."""
     path = Path(config.pretrained_checkpoint.restore_from_path)
-    shape: Architecture = {}
+    shape: ArchitectureKeys = {}
     try:
         if (path / "config.json").is_file():
             shape = architecture_from_hf(path)
@@ -204,7 +214,7 @@ def as_text(answer: Answer) -> str:
     if answer.fixes:
         lines.append("it fits with (cheapest first):")
         lines += [f"  {option.overrides}\n      {_short(option)}" for option in answer.fixes]
-    elif not answer.fits:
+    elif not answer.fits and answer.found is None:
         lines.append("no combination of up to three changes makes it fit: take a larger cluster")
     if answer.found is not None:
         lines.append("fastest layouts that fit:" if answer.found else "no layout of this cluster fits")

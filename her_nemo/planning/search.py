@@ -88,21 +88,26 @@ def layouts(
         size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16
     ]
     precisions = dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
-    for tensor, pipeline, rows, redo, precision in itertools.product(
-        tensors, pipelines, (1, 2, 4, 8), (NONE, FULL), precisions
+    too_large: set[tuple[Any, ...]] = set()  # a larger micro-batch needs no less
+    for rows, tensor, pipeline, redo, precision in itertools.product(
+        (1, 2, 4, 8), tensors, pipelines, (False, True), precisions
     ):
+        if (tensor, pipeline, redo, precision) in too_large:
+            continue
         changes = {
             TP: tensor,
             PP: pipeline,
             "model.sequence_parallel": tensor > 1,
             "model.micro_batch_size": rows,
         }
-        changes |= redo | {"trainer.precision": precision}
+        changes |= (FULL if redo else NONE) | {"trainer.precision": precision}
         changed = with_keys(config, changes)
         if _divides(changed, shape):
             option = Option(changes, plan(changed, shape, length))
             if option.plan.headroom >= 0:
                 found.append(option)
+            else:
+                too_large.add((tensor, pipeline, redo, precision))
     found.sort(key=lambda option: option.plan.step_seconds)
     return [Option(_news(config, option.changes), option.plan) for option in _distinct(found)[:best]]
 
