@@ -132,7 +132,8 @@ def _disk(config: TrainingConfig, shape: Shape) -> Iterator[Problem]:
     one, free = checkpoint_bytes(config, shape), shutil.disk_usage(folder).free
     needed = one * (max(keep, 0) + 1)
     if needed > free:
-        text = f"{max(keep, 0) + 1} checkpoints of {one / 1e9:,.0f} need {needed / 1e9:,.0f} GB, {free / 1e9:,.0f} GB free"
+        count = max(keep, 0) + 1
+        text = f"{count} checkpoints of {one / 1e9:,.0f} GB are {needed / 1e9:,.0f} GB, but {free / 1e9:,.0f} GB free"
         hint = "free space, write elsewhere, or lower exp_manager.checkpoint_callback_params.save_top_k"
         yield Problem(RUN_DIR, f"{folder}: {text}", hint=hint)
 
