@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.binaries = install(folder / "slurm")
+        self.started: list[subprocess.Popen[str]] = []
 
     def start(self, script: str, *overrides: str, restarts: int = 0, tasks: int = 2) -> subprocess.Popen[str]:
         environment = {
@@ -54,15 +57,31 @@ class Job:
             "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_RESTART_COUNT": str(restarts), "HER_NEMO_REPO": str(ROOT),
             "HER_NEMO_VENV": sys.prefix, "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", str(ROOT / "slurm" / script), *overrides], env=environment, cwd=self.folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def close(self) -> None:
+        """Leave nothing running: each job is a session of its own."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     @property
     def calls(self) -> list[str]:
         file = self.folder / "slurm" / CALLS
         return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    made = Job(tmp_path)
+    yield made
+    made.close()
 
 
 def sft(place: Place, out: Path) -> list[str]:
@@ -87,16 +106,16 @@ def steps_done(out: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parallel
-def test_told_to_stop_it_saves_requeues_and_goes_on(place: Place, tmp_path: Path) -> None:
-    job, out = Job(tmp_path), tmp_path / "run"
+def test_told_to_stop_it_saves_requeues_and_goes_on(place: Place, job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "run"
     first = job.start("sft.sh", *sft(place, out))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while len(steps_done(out)) < 2:
         assert first.poll() is None, first.stdout.read()
         assert time.monotonic() < deadline, "no second step"
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=300)
+    said, _ = first.communicate(timeout=900)
     assert first.returncode == 0, said
     assert "preflight of sft: nothing wrong" in said
     assert "told to stop" in said
@@ -107,7 +126,7 @@ def test_told_to_stop_it_saves_requeues_and_goes_on(place: Place, tmp_path: Path
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{stopped[-1]:08d}"
 
     second = job.start("sft.sh", *sft(place, out), restarts=1)
-    said, _ = second.communicate(timeout=300)
+    said, _ = second.communicate(timeout=900)
     assert second.returncode == 0, said
     assert "start 2" in said
     assert "sft is done" in said
@@ -116,15 +135,14 @@ def test_told_to_stop_it_saves_requeues_and_goes_on(place: Place, tmp_path: Path
     assert len(curve(out, "train/loss")) == STEPS
 
 
-def test_a_job_whose_preflight_fails_starts_nothing(place: Place, tmp_path: Path) -> None:
-    job = Job(tmp_path)
+def test_a_job_whose_preflight_fails_starts_nothing(place: Place, job: Job, tmp_path: Path) -> None:
     wrong = job.start(
         "sft.sh",
         *sft(place, tmp_path / "run"),
         "model.global_batch_size=7",
         "model.data.train_ds.file_path=/no",
     )
-    said, _ = wrong.communicate(timeout=120)
+    said, _ = wrong.communicate(timeout=900)
     assert wrong.returncode == 2, said
     assert "use model.global_batch_size=8" in said
     assert "/no: no such file" in said
