@@ -235,7 +235,7 @@ def _short(option: search.Option) -> str:
 def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
     layout, gpu = plan.layout, plan.machine.gpu
     lines = [
-        f"{answer.parameters / 1e9:.2f} B parameters on {layout.gpus} x {gpu.name}: TP {layout.tensor}, "
+        f"{_millions(answer.parameters)} parameters on {layout.gpus} x {gpu.name}: TP {layout.tensor}, "
         f"PP {layout.pipeline}, DP {layout.data}",
         "",
         f"{'GB on the fullest GPU':24}{'models':>9}{'pass':>9}{'other':>9}{'total':>9}{'seconds':>10}  bound by",
@@ -267,6 +267,11 @@ def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
         + (f"; {answer.steps} steps are {gpu_hours(answer):,.1f} GPU hours" if answer.steps else ""),
     ]
     return lines
+
+
+def _millions(count: int) -> str:
+    """A number of parameters, as models are named."""
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
 def gpu_hours(answer: Answer) -> float:
