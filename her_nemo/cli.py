@@ -32,10 +32,13 @@ stages:
 {stages}
 
 An OVERRIDE is Hydra's: trainer.devices=2, model=qwen3_8b, model.optim.lr=1e-5.
-`her-nemo STAGE --help` lists the keys of a stage. `her-nemo --version` shows the version.
+`her-nemo plan STAGE ...` says whether it will run, fit and how long it takes; `her-nemo config show|diff|explain ...`
+what is configured and why. `her-nemo STAGE --help` lists the keys of a stage. `her-nemo --version` shows the version.
 With trainer.devices=N it starts N processes itself; under torchrun or Slurm it takes theirs.
 """
 INTERRUPTED = 130
+# Answered from the configuration alone, before any stage (and torch) is imported.
+COMMANDS = {"plan": "her_nemo.planning.command", "config": "her_nemo.config.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +68,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"her-nemo {__version__}")
         return 0
     stage, rest = words[0], words[1:]
+    if stage in COMMANDS:
+        return importlib.import_module(COMMANDS[stage]).main(rest)
     if stage == "data":
         from her_nemo.stages import data
 
@@ -73,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
         print(_keys(stage))
         return 0
     config = _checked(stage, rest)
+    if getattr(getattr(config, "trainer", None), "accelerator", "auto") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the processes started
     processes = _processes(config)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch.run(words, processes)
@@ -88,7 +95,10 @@ def _checked(stage: str, words: list[str]) -> StageConfig:
     options, overrides = _options(words)
     problems: list[Problem] = []
     try:
-        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"))
+        notes: list[str] = []
+        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"), notes)
+        if notes and int(os.environ.get("RANK", "0")) == 0 and not launch.is_launched():
+            print("her-nemo: NeMo-Aligner keys:\n  " + "\n  ".join(notes), file=sys.stderr)
     except ConfigErrors as error:
         if error.rest is None:
             raise

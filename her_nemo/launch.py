@@ -60,6 +60,11 @@ def run(
         return _close(children, mailbox, code, received)
 
 
+def is_launched() -> bool:
+    """Whether this process was started by `run`, which has checked the configuration already."""
+    return MAILBOX in os.environ
+
+
 def leave_message(text: str) -> bool:
     """In a launched process: leave the text of a user error for the launcher. False when there is no launcher."""
     folder = os.environ.get(MAILBOX)

@@ -172,3 +172,25 @@ def _tokenizer(folder: Path) -> None:
     from her_nemo.data.tokenizer import train_tokenizer
 
     train_tokenizer(["a few words to learn from"] * 20, folder, vocab_size=400)
+
+
+def test_plan_and_config_are_commands(her_nemo, sft: list[str]) -> None:
+    done = her_nemo("plan", *sft, "trainer.accelerator=cpu", "model.num_layers=5")
+    assert done.returncode == 2, done.stderr
+    assert "given 5, but the checkpoint has 4" in done.stdout
+    assert "train.jsonl:1: has no messages" in done.stdout
+    done = her_nemo("config", "diff", *sft)
+    assert done.returncode == 0, done.stderr
+    assert "model.encoder_seq_length = 512" in done.stdout
+    refused(her_nemo("config", "explain", "model.optim.lrr"), "did you mean model.optim.lr?")
+    refused(her_nemo("plan", "sftt"), "did you mean 'sft'?")
+
+
+def test_a_gpu_that_is_not_there_is_refused(her_nemo, sft: list[str]) -> None:
+    refused(her_nemo(*sft, "trainer.accelerator=gpu", CUDA_VISIBLE_DEVICES=""), "torch sees no CUDA here")
+
+
+def test_keys_of_nemo_aligner_are_answered_before_the_run(her_nemo, sft: list[str]) -> None:
+    done = her_nemo(*sft, "model.megatron_amp_O2=true", "model.micro_batch_size=3")
+    refused(done, "model.global_batch_size")
+    assert "model.megatron_amp_O2 has no effect: the optimizer always steps fp32 main weights" in done.stderr

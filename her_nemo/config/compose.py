@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from her_nemo.config import dialect
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest, spoken
 from her_nemo.config.problems import from_validation
 from her_nemo.config.schema import STAGES, StageConfig
@@ -69,11 +70,16 @@ class _Request:
 
 
 def load(
-    stage: str, overrides: list[str], config_dir: str | Path | None = None, config_name: str | None = None
+    stage: str,
+    overrides: list[str],
+    config_dir: str | Path | None = None,
+    config_name: str | None = None,
+    notes: list[str] | None = None,
 ) -> StageConfig:
     """The configuration of `stage`: conf/<stage>.yaml, its groups, then `overrides`, checked against the schema.
 
     `config_dir` and `config_name` name another file to start from; the packaged groups stay available.
+    `notes` receives what became of NeMo-Aligner's own keys, one line each (config/dialect.py).
     Raises ConfigErrors with every problem found; UserError when there is no such stage or file.
     """
     if stage not in STAGES:
@@ -91,7 +97,17 @@ def load(
         )
     request = _sort_overrides(schema, overrides, roots)
     raw, sources = _compose(roots, name, request)
-    return _validate(stage, schema, raw, sources, request)
+    return _validate(stage, schema, raw, sources, request, [] if notes is None else notes)
+
+
+def origins(
+    stage: str, overrides: list[str], config_dir: str | Path | None = None, config_name: str | None = None
+) -> Callable[[str], str]:
+    """Who set a key last, as a function of the key: "command line", a file, or "" for nobody. As `load` composes."""
+    roots = _roots(config_dir)
+    request = _sort_overrides(STAGES[stage], overrides, roots)
+    _, sources = _compose(roots, config_name or stage, request)
+    return lambda key: _who_set(key, sources, request)
 
 
 def _roots(config_dir: str | Path | None) -> list[Path]:
@@ -133,7 +149,7 @@ def _sort_overrides(schema: type[StageConfig], overrides: list[str], roots: list
             (info is None or is_section) and isinstance(override.value(), str | None) and _choices(key, roots)
         ):
             _take_group(request, key, None if override.is_delete() else override.value(), roots)
-        elif info is None:
+        elif info is None and dialect.fate(key) is None:
             request.problems.append(_unknown(key, [*keys, *_group_names(roots)], COMMAND_LINE))
         elif override.is_delete():
             request.deleted.append(key)
@@ -218,7 +234,12 @@ def _source(roots: list[Path], file: str, group: str) -> tuple[str, Any]:
 
 
 def _validate(
-    stage: str, schema: type[StageConfig], raw: Any, sources: list[tuple[str, Any]], request: _Request
+    stage: str,
+    schema: type[StageConfig],
+    raw: Any,
+    sources: list[tuple[str, Any]],
+    request: _Request,
+    notes: list[str],
 ) -> StageConfig:
     """Lay overrides over files over defaults, resolve the interpolations, and check against the schema."""
     from omegaconf import OmegaConf
@@ -242,6 +263,9 @@ def _validate(
         )
         raise ConfigErrors([*request.problems, problem], stage=stage) from error
     known = [key for key, _ in known_keys(schema)]
+    said, refused = dialect.translate(plain, known)
+    notes += said
+    request.problems += [replace(problem, where=_who_set(problem.key, sources, request)) for problem in refused]
     try:
         config, found = schema.model_validate(plain), []
     except ValidationError as error:

@@ -9,6 +9,9 @@ from pydantic import ValidationError
 
 from her_nemo.config.errors import Problem, nearest
 
+# The message for a required key that was not given; config/partial.py looks for it.
+MISSING = "has to be given"
+
 # pydantic's error types -> what is wanted, in plain words. {name} is filled from the error's context.
 WANTED = {
     "int_type": "a whole number",
@@ -66,7 +69,7 @@ def _problem(key: str, items: list[Any], known: list[str], where: str) -> Proble
         close = nearest(key, known)
         return Problem(key, "no such key", where, f"did you mean {close}?" if close else "")
     if first["type"] == "missing" or given == "???":
-        return Problem(key, "has to be given", "", f"add {key}=... to the command line")
+        return Problem(key, MISSING, "", f"add {key}=... to the command line")
     wanted: list[str] = []
     for item in items:
         words = _wanted(item)

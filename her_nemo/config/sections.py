@@ -64,6 +64,10 @@ class Trainer(Section):
     )
     precision: Precision = knob("32", "Arithmetic of the model: 32, bf16, or bf16-mixed (fp32 main weights).")
 
+    gpu: Literal["a100_80gb", "h100_80gb", "h200_141gb"] | None = knob(
+        None, "The kind of GPU, for `her-nemo plan`; null plans for h100_80gb."
+    )
+
     @property
     def world_size(self) -> int:
         """Processes in all."""
@@ -248,7 +252,18 @@ class ExpManager(Section):
     )
     resume_if_exists: bool = knob(True, "Go on from the newest checkpoint in the run directory.")
     resume_ignore_no_checkpoint: bool = knob(True, "With resume_if_exists: start afresh when there is none.")
+    max_time_per_run: Annotated[str, Field(pattern=r"^(\d+:)?\d+:[0-5]\d:[0-5]\d$")] | None = knob(
+        None, "Save and stop after this long, days:hours:minutes:seconds or hours:minutes:seconds; null never stops."
+    )
     checkpoint_callback_params: CheckpointCallbackParams = CheckpointCallbackParams()
+
+    @property
+    def max_seconds(self) -> float | None:
+        """max_time_per_run in seconds."""
+        if self.max_time_per_run is None:
+            return None
+        *days, hours, minutes, seconds = (int(part) for part in self.max_time_per_run.split(":"))
+        return ((sum(days) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class PretrainedCheckpoint(Section):

@@ -39,7 +39,7 @@ class Run:
         self.directory = Path(cfg.exp_manager.explicit_log_dir)
         self.main = parallel.is_main()
         self.tokenizer = _tokenizer(cfg, source)
-        self.stop = GracefulStop()
+        self.stop = GracefulStop(cfg.exp_manager.max_seconds)
         self.summary: dict[str, Any] = {}
         self.timers = Timers()
         self.tokens = 0  # processed in this step, over all ranks; a stage adds to it
@@ -156,6 +156,11 @@ def open_run(cfg: Any) -> Iterator[Run]:
 @contextmanager
 def distributed(cfg: Any) -> Iterator[None]:
     """Megatron made fit for this machine and its parallel groups, for as long as the block lasts."""
+    if cfg.trainer.accelerator == "gpu" and platform.backend() != "nccl":
+        raise UserError(
+            "trainer.accelerator is gpu, but torch sees no CUDA here. Install a CUDA build of torch, run where the "
+            "GPUs are, or set trainer.accelerator=cpu."
+        )
     platform.apply()
     parallel.initialize(
         tensor=cfg.model.tensor_model_parallel_size,

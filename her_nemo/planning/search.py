@@ -1,0 +1,191 @@
+"""Other configurations: single changes that make a plan fit, and the fastest layouts of a cluster."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from her_nemo.planning.preflight import data_parallel_size
+from her_nemo.planning.shapes import Shape
+from her_nemo.planning.stages import StagePlan, TrainingConfig, plan
+
+TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
+RECOMPUTE = "model.activations_checkpoint_"
+FULL = {f"{RECOMPUTE}granularity": "full", f"{RECOMPUTE}method": "uniform", f"{RECOMPUTE}num_layers": 1}
+NONE = dict.fromkeys(FULL, None)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One configuration that was planned: what it changes, and the plan."""
+
+    changes: dict[str, Any]
+    plan: StagePlan
+
+    @property
+    def overrides(self) -> str:
+        """The changes as command-line overrides."""
+        words = {True: "true", False: "false", None: "null"}
+        return " ".join(
+            f"{key}={words[value] if value is None or isinstance(value, bool) else value}"
+            for key, value in self.changes.items()
+        )
+
+    def why(self) -> str:
+        """One line: what binds it."""
+        slowest = max(self.plan.phases, key=lambda phase: phase.seconds)
+        share = slowest.seconds / self.plan.step_seconds
+        return (
+            f"{share:.0%} of the step is {slowest.name} ({slowest.bottleneck}); fullest in {self.plan.peak.name}, "
+            f"{self.plan.headroom / 1e9:.0f} GB free"
+        )
+
+
+def with_keys(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a configuration with some keys changed; not checked again."""
+    for key, value in changes.items():
+        config = _with_key(config, key.split("."), value)
+    return config
+
+
+def _with_key(section: Any, path: list[str], value: Any) -> Any:
+    if len(path) == 1:
+        return section.model_copy(update={path[0]: value})
+    inner = _with_key(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: inner})
+
+
+def _divides(config: TrainingConfig, shape: Shape) -> bool:
+    """What preflight would refuse: heads, layers, processes, batches."""
+    model, trainer = config.model, config.trainer
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if any(
+        size % tensor for size in (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    ):
+        return False
+    if shape.num_layers % pipeline or trainer.world_size % (tensor * pipeline):
+        return False
+    data = data_parallel_size(config)
+    if model.global_batch_size % (data * model.micro_batch_size):
+        return False
+    ppo = getattr(model, "ppo", None)
+    return ppo is None or ppo.num_rollout_samples % data == 0
+
+
+def layouts(
+    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5
+) -> list[Option]:
+    """The `best` fastest configurations that fit, over TP, PP, DP, micro-batch, recomputation and precision.
+
+    TP stays within a machine; sequence parallelism goes with TP. DP follows from the rest.
+    """
+    found: list[Option] = []
+    trainer = config.trainer
+    tensors = [size for size in (1, 2, 4, 8) if size <= trainer.devices]
+    pipelines = [
+        size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16
+    ]
+    precisions = dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
+    too_large: set[tuple[Any, ...]] = set()  # a larger micro-batch needs no less
+    for rows, tensor, pipeline, redo, precision in itertools.product(
+        (1, 2, 4, 8), tensors, pipelines, (False, True), precisions
+    ):
+        if (tensor, pipeline, redo, precision) in too_large:
+            continue
+        changes = {
+            TP: tensor,
+            PP: pipeline,
+            "model.sequence_parallel": tensor > 1,
+            "model.micro_batch_size": rows,
+        }
+        changes |= (FULL if redo else NONE) | {"trainer.precision": precision}
+        changed = with_keys(config, changes)
+        if _divides(changed, shape):
+            option = Option(changes, plan(changed, shape, length))
+            if option.plan.headroom >= 0:
+                found.append(option)
+            else:
+                too_large.add((tensor, pipeline, redo, precision))
+    found.sort(key=lambda option: option.plan.step_seconds)
+    return [Option(_news(config, option.changes), option.plan) for option in _distinct(found)[:best]]
+
+
+def _news(config: TrainingConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes that change something, with the layout always named."""
+    return {key: value for key, value in changes.items() if key in (TP, PP) or _get(config, key) != value}
+
+
+def _distinct(options: list[Option]) -> list[Option]:
+    """One option per TP and PP: its fastest. Else the list would be one layout in five shades."""
+    seen: dict[tuple[int, int], Option] = {}
+    for option in options:
+        seen.setdefault((option.changes[TP], option.changes[PP]), option)
+    return list(seen.values())
+
+
+def _single_changes(config: TrainingConfig) -> Iterator[dict[str, Any]]:
+    model = config.model
+    for key in (
+        "model.micro_batch_size",
+        "model.ppo.forward_micro_batch_size",
+        "model.ppo.rollout_micro_batch_size",
+    ):
+        if key.startswith("model.ppo") and getattr(model, "ppo", None) is None:
+            continue
+        size = _get(config, key)
+        if size > 1:
+            yield {key: max(1, size // 2)}
+            yield {key: 1}
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        yield {"model.sequence_parallel": True}
+    if model.activations_checkpoint_granularity != "full":
+        yield dict(FULL)
+    if config.trainer.precision == "32":
+        yield {"trainer.precision": "bf16-mixed"}
+    if config.trainer.precision != "bf16":
+        yield {"trainer.precision": "bf16"}
+    if model.optim.name == "fused_adam":
+        yield {"model.optim.name": "distributed_fused_adam"}
+    for factor in (2, 4, 8):
+        yield {TP: model.tensor_model_parallel_size * factor, "model.sequence_parallel": True}
+        yield {PP: model.pipeline_model_parallel_size * factor}
+    for factor in (2, 4):
+        yield {"trainer.num_nodes": config.trainer.num_nodes * factor}
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def fixes(
+    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 3
+) -> list[Option]:
+    """The `best` cheapest changes that make the plan fit: single ones if they do, else two or three together.
+
+    Cheapest is least GPU time per step, changes that need no more machines first.
+    """
+    singles = list(_single_changes(config))
+    found: list[Option] = []
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(singles, size):
+            changes = {key: value for change in chosen for key, value in change.items()}
+            if len(changes) < sum(len(change) for change in chosen):
+                continue  # two values for one key
+            changed = with_keys(config, changes)
+            if changed.model.tensor_model_parallel_size > changed.trainer.devices or not _divides(
+                changed, shape
+            ):
+                continue
+            option = Option(changes, plan(changed, shape, length))
+            # A change more than is needed is no answer.
+            if option.plan.headroom >= 0 and not any(old.changes.items() <= changes.items() for old in found):
+                found.append(option)
+        if len(found) >= best:
+            break
+    # A change of the file costs nothing, machines do.
+    found.sort(key=lambda o: ("trainer.num_nodes" in o.changes, o.plan.step_seconds * o.plan.layout.gpus))
+    return found[:best]
