@@ -125,7 +125,7 @@ _drop(
 )
 _drop(
     "tokens are made once, not by workers during training",
-    "num_workers dataloader_type pin_memory",
+    "dataloader_type pin_memory",
     under="model.data.",
 )
 for _split in ("train_ds", "validation_ds", "test_ds"):
