@@ -35,16 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Directory of public sample data (CoSER, HER, Role-Play Bench); the test is skipped where there is none."""
-    places = [
-        os.environ.get("HER_NEMO_SHARED_DATA", ""),
-        ROOT.parent / "shared" / "data",
-        "/work/shared/data",
-    ]
-    for place in map(Path, filter(None, places)):
-        if (place / "coser").is_dir():
+    """Public sample data that the project does not contain; tests that use it are skipped where it is absent."""
+    given = os.environ.get("HER_NEMO_SHARED_DATA")
+    places = [Path(given)] if given else [ROOT.parent / "shared" / "data", Path("/work/shared/data")]
+    for place in places:
+        if place.is_dir():
             return place
-    pytest.skip("no shared sample data: set HER_NEMO_SHARED_DATA")
+    pytest.skip(f"no shared sample data in {' or '.join(map(str, places))}")
 
 
 @pytest.fixture
