@@ -68,7 +68,10 @@ LAYER_ENTRIES: dict[str, Entry] = {
     "mlp.linear_fc2.weight": Entry("columns", ("mlp.down_proj.weight",)),
 }
 # megatron-core stores the norms of local layers under Transformer Engine's names.
-_NOT_STORED = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+STORED_AS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 def layer_entry(name: str, layer: int) -> Entry | None:
@@ -119,7 +122,7 @@ def wholes(shape: Qwen3Shape, head: Head) -> list[Whole]:
     for layer in range(shape.num_layers):
         for name in LAYER_ENTRIES:
             entry = layer_entry(name, layer)
-            if entry is not None and name not in _NOT_STORED:
+            if entry is not None and name not in STORED_AS:
                 found.append(whole(f"decoder.layers.{name}", layer, entry))
     found.append(whole("decoder.final_layernorm.weight", None, Entry("whole", (FINAL_NORM,))))
     if head == "scalar":

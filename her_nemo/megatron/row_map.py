@@ -1,4 +1,4 @@
-"""Reading megatron-core rows out of Hugging Face tensors and the reverse, block by block, through the table of spans."""
+"""megatron-core rows out of Hugging Face tensors and the reverse, through the table of spans."""
 
 from __future__ import annotations
 

@@ -158,15 +158,16 @@ class HfTensors:
 
     def _compare(self, listed: dict[str, str]) -> None:
         """The index and the files must say the same."""
-        broken = {problem.split(":")[0] for problem in self.problems}
+        broken = list(self.problems)
         for name, file in listed.items():
             held = self._where.get(name)
-            if held is None or held.path.name != file:
-                if not any(file in place for place in broken):
-                    self.problems.append(f"{INDEX_FILE} puts {name} into {file}, which does not hold it")
+            elsewhere = held is None or held.path.name != file
+            if elsewhere and not any(file in problem for problem in broken):
+                self.problems.append(f"{INDEX_FILE} puts {name} into {file}, which does not hold it")
         if listed:
             extra = sorted(name for name in self._where if name not in listed)
-            self.problems += [f"{self._where[name].path.name} holds {name}, which {INDEX_FILE} leaves out" for name in extra]
+            for name in extra:
+                self.problems.append(f"{self._where[name].path.name} holds {name}, which {INDEX_FILE} leaves out")
 
     def names(self) -> set[str]:
         """All tensor names but old checkpoints' rotary tables, which are computed and not weights."""
@@ -202,7 +203,8 @@ def problems_of(
         if held.shape(name) != wanted[name]:
             found.append(f"{name} has shape {held.shape(name)}, the model wants {wanted[name]}")
         if held.dtype(name) not in WEIGHT_DTYPES:
-            found.append(f"{name} is {str(held.dtype(name)).removeprefix('torch.')}; float32, bfloat16, float16 are read")
+            kind = str(held.dtype(name)).removeprefix("torch.")
+            found.append(f"{name} is {kind}; float32, bfloat16 and float16 are read")
     return found
 
 
@@ -253,7 +255,7 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None
 def shards(
     shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int
 ) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
-    """Consecutive tensors grouped into files of at most `limit` bytes (unless one tensor is larger): (file name, tensors)."""
+    """Consecutive tensors grouped into files of at most `limit` bytes, unless one tensor is larger: (name, tensors)."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
 """The live model of this rank filled from Hugging Face tensors, and gathered back into them, tensor by tensor.
 
-Loading reads only the rows that this rank holds. Gathering takes one tensor at a time over tensor- and pipeline-parallel
-ranks. Nothing is computed on the way, so load followed by export returns every tensor bit for bit.
+Loading reads only the rows that this rank holds. Gathering takes one tensor at a time over the tensor- and
+pipeline-parallel ranks. Nothing is computed on the way, so load followed by export returns every tensor bit for bit.
 """
 
 from __future__ import annotations
