@@ -127,6 +127,7 @@ class HfTensors:
             raise UserError(f"{directory} holds no .safetensors file (pickled weights are not read)")
         self._where: dict[str, TensorFile] = {}
         self._files: list[TensorFile] = []
+        self._unread: set[str] = set()
         for path in files:
             self._open(path)
         self._compare(listed)
@@ -143,11 +144,13 @@ class HfTensors:
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
+            self._unread.add(path.name)
             self.problems.append(f"missing file: {path.name}, which {INDEX_FILE} names")
             return
         try:
             file = TensorFile(path)
         except UserError as error:
+            self._unread.add(path.name)
             self.problems.append(str(error))
             return
         self._files.append(file)
@@ -158,11 +161,10 @@ class HfTensors:
 
     def _compare(self, listed: dict[str, str]) -> None:
         """The index and the files must say the same."""
-        broken = list(self.problems)
         for name, file in listed.items():
             held = self._where.get(name)
             elsewhere = held is None or held.path.name != file
-            if elsewhere and not any(file in problem for problem in broken):
+            if elsewhere and file not in self._unread:
                 self.problems.append(f"{INDEX_FILE} puts {name} into {file}, which does not hold it")
         if listed:
             extra = sorted(name for name in self._where if name not in listed)

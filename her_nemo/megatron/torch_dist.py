@@ -223,7 +223,8 @@ def _locate(window: _Window, dtype: torch.dtype, sizes: tuple[int, ...]) -> int:
     with zipfile.ZipFile(io.BufferedReader(window)) as archive:
         members = {name.split("/", 1)[1]: info for name, info in archive.NameToInfo.items() if "/" in name}
         parts = _TensorUnpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
-        if isinstance(parts[0], tuple):
+        # A parameter wraps its tensor, whose first part is the storage, itself a tuple.
+        if isinstance(parts[0][0], tuple):
             parts = parts[0]
         (_, storage, name, _, _), skipped, shape, strides = parts[:4]
         info = members[f"data/{name}"]

@@ -63,6 +63,10 @@ def write(cfg: ExportConfig, source: sources.ModelSource, partial: Path) -> dict
             shard_bytes=cfg.shard_bytes, identity=source.identity(), share=share, watch=bar.update,
         )  # fmt: skip
     tensors.close()
+    itemsize = getattr(torch, cfg.dtype).itemsize
+    files = safetensors_files.shards(hf_shapes(source.shape, source.head), itemsize, cfg.shard_bytes)
+    if parallel.is_main() and len(files) > 1:
+        (partial / INDEX_FILE).write_text(json.dumps(safetensors_files.index_of(files, itemsize), indent=2))
     return held
 
 
@@ -79,6 +83,8 @@ def prove(
     found.body["fingerprint"] = source.shape.fingerprint(source.head)
     found.body["source"] = {"path": str(source.path), **source.identity()}
     if parallel.is_main():
+        # transformers wants it to load a model at all; without config.json nobody else takes it for one.
+        (partial / "generation_config.json").write_text(json.dumps(_ends(tokeniser), indent=1) + "\n")
         proof.tensors_agree(partial, held, dtype, found)
     config = proof.hf_config(source.shape, source.head, dtype, _ends(tokeniser))
     if how == "full":
@@ -111,13 +117,8 @@ def finish(
     """Everything else that makes it a model, the proof among it; then the directory gets its name."""
     dtype = getattr(torch, cfg.dtype)
     tokeniser.hf.save_pretrained(partial)
-    files = safetensors_files.shards(hf_shapes(source.shape, source.head), dtype.itemsize, cfg.shard_bytes)
-    if len(files) > 1:
-        (partial / INDEX_FILE).write_text(json.dumps(safetensors_files.index_of(files, dtype.itemsize), indent=2))
-    ends = _ends(tokeniser)
-    (partial / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
     (partial / PROOF_FILE).write_text(json.dumps(found.body, indent=1) + "\n")
-    config = source.shape.to_hf_config(head=source.head, dtype=dtype) | ends
+    config = source.shape.to_hf_config(head=source.head, dtype=dtype) | _ends(tokeniser)
     for leftover in [*partial.glob("done.*.jsonl"), partial / streaming.IDENTITY]:
         leftover.unlink(missing_ok=True)
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +254,110 @@ def test_verify_says_what_differs_first_and_where(
     said = capsys.readouterr().out
     assert "config: tied: True and False" in said
     assert "lm_head.weight: only in the second" in said
+
+
+def scores(model: Path, prompts: list[list[int]]) -> list[float]:
+    """transformers' own scores of each sequence alone, by its own pooling."""
+    from transformers import AutoModelForSequenceClassification
+
+    network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [float(network(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in prompts]
+
+
+def megatron_scores(checkpoint: Path, part: str, prompts: list[list[int]]) -> list[float]:
+    from her_nemo.megatron import forward, parallel
+    from her_nemo.training import source as sources
+
+    parallel.initialize(seed=0)
+    try:
+        source = sources.locate(checkpoint, part)
+        layout = load("export", checkpoint="x", out="y").model
+        model = sources.build(source, layout, "32", head="scalar", trainable=False)
+        found = [forward.values(model, [{"tokens_BS": torch.tensor([ids])}])[0][0, -1] for ids in prompts]
+        return [float(score) for score in found]
+    finally:
+        parallel.destroy()
+
+
+PROMPTS = [torch.randint(5, 1000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 20)]
+VLLM = """
+import json, sys
+from vllm import LLM
+from vllm.pooling_params import PoolingParams
+from vllm.inputs import TokensPrompt
+
+model, prompts = sys.argv[1], json.loads(sys.argv[2])
+engine = LLM(model=model, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=64)
+outputs = engine.classify(
+    [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+    pooling_params=PoolingParams(use_activation=False), use_tqdm=False,
+)
+print("SCORES", json.dumps([output.outputs.probs[0] for output in outputs]))
+"""
+
+
+@pytest.mark.parametrize("name", ["reward", "critic"])
+def test_transformers_scores_as_megatron_does(name: str, trained: dict, tmp_path: Path) -> None:
+    out = export_of(trained, name, tmp_path / "hf")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForSequenceClassification"]
+    found, wanted = scores(out, PROMPTS), megatron_scores(*trained[name], PROMPTS)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert max(wanted) - min(wanted) > 1e-3, "the model says the same of everything"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["reward", "critic"])
+def test_vllm_pooling_scores_as_megatron_does(name: str, trained: dict, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    out = export_of(trained, name, tmp_path / "hf")
+    done = subprocess.run(
+        [sys.executable, "-c", VLLM, str(out), json.dumps(PROMPTS)], capture_output=True, text=True, timeout=300,
+        check=False, cwd=tmp_path,
+        env={
+            **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = next(line for line in done.stdout.splitlines() if line.startswith("SCORES "))
+    wanted = megatron_scores(*trained[name], PROMPTS)
+    assert json.loads(said.removeprefix("SCORES ")) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parallel
+def test_two_processes_convert_export_and_verify(trained: dict, tmp_path: Path, stage: Callable[..., None]) -> None:
+    """Through the command line: the files are shared out, and the full proof gathers a model that is cut in two."""
+    for layout in ("tensor", "pipeline"):
+        if layout == "pipeline":
+            # Three layers cannot be dealt out to two: the clear error, before anything is written.
+            with pytest.raises(AssertionError, match="does not divide"):
+                stage("export", f"checkpoint={trained['tied'][0]}", f"out={tmp_path / 'no'}", "trainer.devices=2",
+                      "model.pipeline_model_parallel_size=2")  # fmt: skip
+            assert not (tmp_path / "no.partial").exists()
+            continue
+        stage("export", f"checkpoint={trained['tied'][0]}", f"out={tmp_path / 'hf'}", "trainer.devices=2",
+              "model.tensor_model_parallel_size=2", "dtype=float32", "shard_bytes=60000", "proof=full")  # fmt: skip
+    stage("convert", f"source={tmp_path / 'hf'}", f"out={tmp_path / 'back'}", "trainer.devices=2")
+    stage("verify", str(trained["tied"][0]), str(tmp_path / "back"))
+
+
+def test_what_is_not_ours_is_not_replaced(trained: dict, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        export_of(trained, "tied", tmp_path / "thesis")
+    with pytest.raises(UserError, match="holds other files"):
+        convert.run(load("convert", source=export_of(trained, "tied", tmp_path / "hf"), out=tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+    # An older export of ours is.
+    export_of(trained, "untied", tmp_path / "hf")
+    assert verify.run(load("verify", a=trained["untied"][0], b=tmp_path / "hf")) == 0
+
+
+def test_the_tokenizer_is_copied_without_the_weights_beside_it(trained: dict, tmp_path: Path) -> None:
+    hf = export_of(trained, "tied", tmp_path / "hf")
+    convert.run(load("convert", source=hf, out=tmp_path / "m"))
+    kept = {file.name for file in (tmp_path / "m" / "tokenizer").iterdir()}
+    assert "tokenizer.json" in kept
+    assert not any(name.endswith((".safetensors", ".index.json")) for name in kept)
