@@ -203,6 +203,9 @@ class ConvertConfig(StageConfig):
     model: ParallelModel = ParallelModel()
     source: str = required("The Hugging Face directory to read.")
     out: str = required("The Megatron checkpoint directory to write.")
+    shard_bytes: PositiveInt = knob(
+        2_000_000_000, "Size of a data file, bytes, about: what an interrupted run does again at most."
+    )
 
 
 class ExportConfig(StageConfig):

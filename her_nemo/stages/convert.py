@@ -36,7 +36,7 @@ def run(cfg: ConvertConfig) -> int:
         with tqdm(desc=cfg.name, unit="B", unit_scale=True, disable=None if parallel.is_main() else True) as bar:
             files = conversion.to_torch_dist(
                 held, partial / "model", source.shape, source.head, settings.name, settings.params_dtype,
-                tensor=tensor, share=share, watch=bar.update,
+                tensor=tensor, file_bytes=cfg.shard_bytes, share=share, watch=bar.update,
             )  # fmt: skip
         if parallel.is_main():
             if tokenizer is not None:

@@ -182,8 +182,8 @@ def test_a_killed_convert_leaves_no_checkpoint_and_is_gone_on_with(count: int, t
     assert not state.is_checkpoint(out)
     assert not (out / ".metadata").exists()
     times = {name: (out / name).stat().st_mtime_ns for name in finished(out)}
-    assert len(times) > 2 or count < 60
-    if len(times) > 1:
+    assert times or count < 60
+    if times:
         # A finished file that was damaged since is made again; the others are not.
         victim = sorted(times)[0]
         times.pop(victim)
@@ -239,15 +239,11 @@ def test_a_killed_export_is_gone_on_with(tmp_path: Path) -> None:
 def test_processes_share_the_files_out(tmp_path: Path) -> None:
     source = hf_model(tmp_path / "hf")
     wanted = convert(source, tmp_path / "whole")
-    # Process 1 of 2 first, as far as it gets alone: rank 0 then does its own half and puts the index together.
-    held = HfTensors(source)
-    out = tmp_path / "m"
-    out.mkdir()
     files = conversion.data_files(conversion.blocks(UNTIED, "lm", torch.float32, 1, 3000), 4, 40_000)
     assert {name for name, _ in files} == wanted.keys()
     shares = [conversion.Share(rank, 3).mine(files) for rank in range(3)]
     assert sorted(name for share in shares for name, _ in share) == sorted(wanted)
-    held.close()
+    assert all(shares)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

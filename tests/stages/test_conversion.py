@@ -338,7 +338,8 @@ def test_two_processes_convert_export_and_verify(trained: dict, tmp_path: Path, 
             continue
         stage("export", f"checkpoint={trained['tied'][0]}", f"out={tmp_path / 'hf'}", "trainer.devices=2",
               "model.tensor_model_parallel_size=2", "dtype=float32", "shard_bytes=60000", "proof=full")  # fmt: skip
-    stage("convert", f"source={tmp_path / 'hf'}", f"out={tmp_path / 'back'}", "trainer.devices=2")
+    stage("convert", f"source={tmp_path / 'hf'}", f"out={tmp_path / 'back'}", "trainer.devices=2", "shard_bytes=60000")
+    assert len(list((tmp_path / "back" / "model").glob("*.distcp"))) > 2
     stage("verify", str(trained["tied"][0]), str(tmp_path / "back"))
 
 
