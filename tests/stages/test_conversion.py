@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conversion_files import SHAPE, UNTIED, load, write
+from conversion_files import SERVED, SHAPE, UNTIED, load, write
 from safetensors.torch import load_file, save_file
 from stage_files import Place
 
@@ -307,10 +308,12 @@ def test_transformers_scores_as_megatron_does(name: str, trained: dict, tmp_path
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", ["reward", "critic"])
-def test_vllm_pooling_scores_as_megatron_does(name: str, trained: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["model", "critic"])
+def test_vllm_pooling_scores_as_megatron_does(part: str, place: Place, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    out = export_of(trained, name, tmp_path / "hf")
+    models = {"model": ("scalar", replace(SERVED, tied=False)), "critic": ("scalar", SERVED)}
+    served = {"it": (write(tmp_path / "ppo", models, place.world / "tokenizer"), part)}
+    out = export_of(served, "it", tmp_path / "hf")
     done = subprocess.run(
         [sys.executable, "-c", VLLM, str(out), json.dumps(PROMPTS)], capture_output=True, text=True, timeout=300,
         check=False, cwd=tmp_path,
@@ -321,7 +324,7 @@ def test_vllm_pooling_scores_as_megatron_does(name: str, trained: dict, tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said = next(line for line in done.stdout.splitlines() if line.startswith("SCORES "))
-    wanted = megatron_scores(*trained[name], PROMPTS)
+    wanted = megatron_scores(*served["it"], PROMPTS)
     assert json.loads(said.removeprefix("SCORES ")) == pytest.approx(wanted, abs=1e-4)
 
 
