@@ -21,6 +21,7 @@ SUMMARIES = {
     "reward": "reward model: Bradley-Terry on preference pairs",
     "ppo": "PPO against the reward model",
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
+    "verify": "compare two checkpoints tensor by tensor: her-nemo verify A B",
     "evaluate": "replies from vLLM on held-out prompts, scored",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
@@ -77,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
+    if stage == "verify":
+        rest = _named(rest, ("a", "b"))
     config = _checked(stage, rest)
     if getattr(getattr(config, "trainer", None), "accelerator", "auto") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the processes started
@@ -128,6 +131,14 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             overrides.append(word)
     return options, overrides
+
+
+def _named(words: list[str], names: Sequence[str]) -> list[str]:
+    """Words that are no overrides get the names of the stage's first keys: `A B` is a=A b=B."""
+    from her_nemo.config.compose import assign
+
+    waiting = list(names)
+    return [word if "=" in word or not waiting else assign(waiting.pop(0), word) for word in words]
 
 
 def _processes(config: StageConfig) -> int:

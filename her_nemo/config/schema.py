@@ -209,6 +209,9 @@ class ConvertConfig(StageConfig):
     model: ParallelModel = ParallelModel()
     source: str = required("The Hugging Face directory to read.")
     out: str = required("The Megatron checkpoint directory to write.")
+    shard_bytes: PositiveInt = knob(
+        2_000_000_000, "Size of a data file, bytes, about: what an interrupted run does again at most."
+    )
 
 
 class ExportConfig(StageConfig):
@@ -223,11 +226,24 @@ class ExportConfig(StageConfig):
     tokenizer: str | None = knob(
         None, "Tokenizer directory to copy in; null takes the one beside the checkpoint."
     )
-    dtype: Literal["float32", "bfloat16"] = knob("bfloat16", "Number format of the written weights.")
+    part: str = knob("model", "Which model of the checkpoint: PPO's also hold a critic.")
+    dtype: Literal["float32", "bfloat16", "float16"] = knob("bfloat16", "Number format of the written weights.")
     shard_bytes: PositiveInt = knob(5_000_000_000, "Largest safetensors file, bytes.")
-    logits_tolerance: PositiveFloat = knob(
-        1e-4, "Largest allowed difference of logits, Hugging Face to Megatron."
+    proof: Literal["auto", "full", "layers"] = knob(
+        "auto", "full: logits of both whole models; layers: layer by layer; auto: full where memory allows."
     )
+    proof_layers: PositiveInt = knob(8, "Layers that proof=layers runs, the first and the last among them.")
+    logits_tolerance: PositiveFloat = knob(
+        1e-4, "Largest allowed difference of outputs, Hugging Face to Megatron, relative to the largest output."
+    )
+
+
+class VerifyConfig(StageConfig):
+    """`her-nemo verify A B`: two checkpoints compared tensor by tensor."""
+
+    a: str = required("A Hugging Face directory, a Megatron checkpoint or a run directory.")
+    b: str = required("The other.")
+    part: str = knob("model", "Which model of a Megatron checkpoint: PPO's also hold a critic.")
 
 
 class EvaluateSampling(Section):
@@ -375,6 +391,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "reward": RewardConfig,
     "ppo": PpoConfig,
     "export": ExportConfig,
+    "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,

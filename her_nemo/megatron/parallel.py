@@ -139,7 +139,8 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait for every rank."""
-    dist.barrier()
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ from safetensors.torch import load_file, save_file
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel
 from her_nemo.megatron.optimizer import Scheduler
-from her_nemo.megatron.qwen3 import Model, Qwen3Shape
+from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
+from her_nemo.megatron.torch_dist import INDEX, read_index
 from her_nemo.megatron.weights import zero_vocabulary_padding
 
 ABOUT = "her_nemo.json"
@@ -103,20 +104,44 @@ def save(
     dist_checkpointing.save(content, str(directory), sharded_strategy=_InProcessSave())
     save_file(_random_state(), directory / _rng_file())
     if parallel.is_main():
-        about = {
-            "format": _FORMAT,
-            "head": model.head,
-            "fingerprint": model.fingerprint(),
-            "shape": vars(model.shape),
-            "precision": model.precision.name,
-            "layout": _layout(),
-            "has_optimizer": optimizer is not None,
-            "distributed_optimizer": model.distributed_optimizer,
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "extra": extra or {},
-        }
-        (directory / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        described = describe(
+            model.shape,
+            model.head,
+            model.precision.name,
+            layout=_layout(),
+            has_optimizer=optimizer is not None,
+            distributed_optimizer=model.distributed_optimizer,
+            scheduler=None if scheduler is None else scheduler.state_dict(),
+            extra=extra or {},
+        )
+        (directory / ABOUT).write_text(json.dumps(described, indent=2) + "\n")
     parallel.barrier()
+
+
+def describe(
+    shape: Qwen3Shape,
+    head: Head,
+    precision: str,
+    *,
+    layout: dict[str, int],
+    has_optimizer: bool = False,
+    distributed_optimizer: bool = False,
+    scheduler: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, the content of `her_nemo.json`."""
+    return {
+        "format": _FORMAT,
+        "head": head,
+        "fingerprint": shape.fingerprint(head),
+        "shape": vars(shape),
+        "precision": precision,
+        "layout": layout,
+        "has_optimizer": has_optimizer,
+        "distributed_optimizer": distributed_optimizer,
+        "scheduler": scheduler,
+        "extra": extra or {},
+    }
 
 
 def about(directory: str | Path) -> dict[str, Any]:
@@ -162,7 +187,7 @@ def load(
     content = _sharded(model, optimizer, is_loading=True)
     if new_head:
         content["model"].pop("output_layer.weight", None)
-    _check_index(directory / ".metadata")
+    read_index(directory / INDEX)
     with _refused_pickles(directory):
         loaded = dist_checkpointing.load(content, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     model.bare().load_state_dict(loaded["model"], strict=False)
@@ -279,47 +304,6 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 # ---------------------------------------------------------------- no free unpickling
-
-_CHECKPOINT = "torch.distributed.checkpoint."
-_ALLOWED = frozenset(
-    (module, name)
-    for module, names in {
-        _CHECKPOINT + "metadata": (
-            "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
-            "TensorProperties StorageMeta _MEM_FORMAT_ENCODING"
-        ),
-        _CHECKPOINT + "planner": "SavePlan WriteItem WriteItemType TensorWriteData",
-        _CHECKPOINT + "filesystem": "_StorageInfo",
-        "torch.serialization": "_get_layout",
-        "torch": "Size",
-        "collections": "OrderedDict",
-        # Where the checkpoint was written; remembered, not opened.
-        "pathlib": "PosixPath PurePosixPath",
-    }.items()
-    for name in names.split()
-)
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles nothing but the plain records of torch's checkpoint index."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _ALLOWED:
-            raise UserError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint needs: not loaded")
-        return super().find_class(module, name)
-
-
-def _check_index(file: Path) -> None:
-    """UserError if the `.metadata` index, which torch unpickles, is anything but an index."""
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: the checkpoint is incomplete")
-    with file.open("rb") as stream:
-        try:
-            _IndexUnpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise UserError(f"{file} cannot be read as a checkpoint index: {error}") from None
-
 
 @contextlib.contextmanager
 def _refused_pickles(directory: Path) -> Iterator[None]:

@@ -1,90 +1,40 @@
-"""The map between Hugging Face's Qwen3 tensors and megatron-core's, tensor by tensor, in both directions.
+"""The live model of this rank filled from Hugging Face tensors, and gathered back into them, tensor by tensor.
 
-Loading reads only the rows or columns that this rank holds. Exporting gathers one tensor at a time. Nothing is
-computed on the way, so load followed by export returns every tensor bit for bit.
+Loading reads only the rows that this rank holds. Gathering takes one tensor at a time over the tensor- and
+pipeline-parallel ranks. Nothing is computed on the way, so load followed by export returns every tensor bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from her_nemo.config.errors import UserError
-from her_nemo.megatron import parallel, platform
+from her_nemo.megatron import parallel, platform, safetensors_files
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
-
-EMBEDDING, LM_HEAD, SCORE, FINAL_NORM = (
-    "model.embed_tokens.weight",
-    "lm_head.weight",
-    "score.weight",
-    "model.norm.weight",
+from her_nemo.megatron.qwen3_map import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    SCORE,
+    Entry,
+    Span,
+    hf_shapes,
+    layer_entry,
+    spans,
+    wholes,
 )
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq$")
+from her_nemo.megatron.row_map import hf_whole, megatron_rows
+from her_nemo.megatron.safetensors_files import HfTensors, TensorFileWriter
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One megatron-core parameter and the Hugging Face tensors that it is made of."""
-
-    kind: str
-    """How it is split: "whole", "rows", "columns", "vocab" (rows, padded), "qkv" or "gate_up"."""
-    names: tuple[str, ...]
-
-
-# Both spellings of each norm: of its own (local layers) and fused into the next linear map (Transformer Engine).
-_LAYER_ENTRIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "input_layernorm.weight": ("whole", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.layer_norm_weight": ("whole", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": (
-        "qkv",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    ),
-    "self_attention.q_layernorm.weight": ("whole", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("whole", ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
-    "pre_mlp_layernorm.weight": ("whole", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": ("whole", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
-}
-
-
-def hf_shapes(shape: Qwen3Shape, head: Head) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the Hugging Face form of this model, in the order of the layers."""
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    query, kv = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, hidden)}
-    for layer in range(shape.num_layers):
-        for name, size in (
-            ("input_layernorm.weight", (hidden,)),
-            ("self_attn.q_proj.weight", (query, hidden)),
-            ("self_attn.k_proj.weight", (kv, hidden)),
-            ("self_attn.v_proj.weight", (kv, hidden)),
-            ("self_attn.q_norm.weight", (shape.kv_channels,)),
-            ("self_attn.k_norm.weight", (shape.kv_channels,)),
-            ("self_attn.o_proj.weight", (hidden, query)),
-            ("post_attention_layernorm.weight", (hidden,)),
-            ("mlp.gate_proj.weight", (ffn, hidden)),
-            ("mlp.up_proj.weight", (ffn, hidden)),
-            ("mlp.down_proj.weight", (hidden, ffn)),
-        ):
-            shapes[f"model.layers.{layer}.{name}"] = size
-    shapes[FINAL_NORM] = (hidden,)
-    if head == "scalar":
-        shapes[SCORE] = (1, hidden)
-    elif not shape.tied:
-        shapes[LM_HEAD] = (shape.vocab_size, hidden)
-    return shapes
+_COMPARED_ROWS = 4096
 
 
 def entries(model: Model) -> dict[str, Entry]:
@@ -93,10 +43,9 @@ def entries(model: Model) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for name, _ in model.bare().named_parameters():
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if layer and layer[2] in _LAYER_ENTRIES:
-            kind, parts = _LAYER_ENTRIES[layer[2]]
-            prefix = f"model.layers.{int(layer[1]) + offset}."
-            found[name] = Entry(kind, tuple(prefix + part for part in parts))
+        entry = layer_entry(layer[2], int(layer[1]) + offset) if layer else None
+        if entry is not None:
+            found[name] = entry
         elif name == "embedding.word_embeddings.weight":
             found[name] = Entry("vocab", (EMBEDDING,))
         elif name == "decoder.final_layernorm.weight":
@@ -111,58 +60,37 @@ def entries(model: Model) -> dict[str, Entry]:
     return found
 
 
-class _HfReader:
-    """The tensors of a Hugging Face directory, read lazily and in slices."""
+def check_hf(held: HfTensors, shape: Qwen3Shape, head: Head, *, head_optional: bool = False) -> None:
+    """UserError naming everything missing, unexpected, duplicate, mis-shaped or of a wrong dtype, at once.
 
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(
-                {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
-            )
-        else:
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{directory} holds no .safetensors file (pickled weights are not read)")
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{index} names files that do not exist: {', '.join(missing)}")
-        self._where: dict[str, object] = {}
-        for file in files:
-            handle = safe_open(file, framework="pt", device="cpu")
-            self._where.update(dict.fromkeys(handle.keys(), handle))
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._where[name].get_slice(name)[start:stop]
-
-    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._where[name].get_slice(name)[:, start:stop]
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
-
-
-def _check_names(reader: _HfReader, directory: Path, model: Model) -> bool:
-    """UserError naming every missing, unexpected or mis-shaped tensor. Returns True if the file has the head."""
-    wanted = hf_shapes(model.shape, model.head)
-    have = {name for name in reader.names() if not _IGNORED.match(name)}
-    optional = {SCORE} if model.head == "scalar" else set()
+    `head_optional`: a scalar-headed model may be made from a language model, which has no score.
+    """
     # A file with tied embeddings may store the head again; a scalar model replaces the vocabulary head.
-    ignored = {LM_HEAD} if model.head == "scalar" or model.shape.tied else set()
-    problems = [f"missing: {name}" for name in wanted if name not in have | optional]
-    problems += [f"unexpected: {name}" for name in sorted(have - set(wanted) - ignored)]
-    for name in sorted(have & set(wanted)):
-        if reader.shape(name) != wanted[name]:
-            problems.append(f"{name} has shape {reader.shape(name)}, the model wants {wanted[name]}")
+    ignored = {LM_HEAD} if head == "scalar" or shape.tied else set()
+    problems = safetensors_files.problems_of(
+        held, hf_shapes(shape, head), optional={SCORE} if head_optional else (), ignored=ignored
+    )
+    names = held.names()
+    if head == "lm" and shape.tied and {EMBEDDING, LM_HEAD} <= names and not _same(held, EMBEDDING, LM_HEAD):
+        problems.append(
+            f"{LM_HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings: one of the two is stale; "
+            "set tie_word_embeddings to false if both are meant"
+        )
     if problems:
-        raise UserError(f"{directory} does not hold this model's tensors:\n  " + "\n  ".join(problems))
-    return SCORE in have
+        raise UserError(f"{held.directory} does not hold this model's tensors:\n  " + "\n  ".join(problems))
+
+
+def _same(held: HfTensors, one: str, other: str) -> bool:
+    if held.shape(one) != held.shape(other) or held.dtype(one) != held.dtype(other):
+        return False
+    if held.dtype(one) not in safetensors_files.WEIGHT_DTYPES:
+        return True  # named as a problem of its own
+    count = held.shape(one)[0]
+    return all(
+        torch.equal(held.rows(one, first, last), held.rows(other, first, last))
+        for first in range(0, count, _COMPARED_ROWS)
+        for last in [min(count, first + _COMPARED_ROWS)]
+    )
 
 
 @torch.no_grad()
@@ -172,21 +100,21 @@ def load_hf(model: Model, hf_dir: str | Path) -> None:
     A scalar-headed model may be filled from a language model: its head is then drawn anew (same on all ranks).
     Values are cast to the model's dtype. UserError names everything missing, unexpected or mis-shaped at once.
     """
-    directory = Path(hf_dir)
-    reader = _HfReader(directory)
-    has_score = _check_names(reader, directory, model)
+    held = HfTensors(Path(hf_dir))
+    check_hf(held, model.shape, model.head, head_optional=True)
     parameters = dict(model.bare().named_parameters())
     for name, entry in entries(model).items():
-        if entry.names == (SCORE,) and not has_score:
+        if entry.names == (SCORE,) and SCORE not in held.names():
             model.bare().output_layer.reset()
             continue
         parameter = parameters[name]
-        local = _READ[entry.kind](model, reader, entry.names)
+        local = _local(model, held, entry)
         if local.shape != parameter.shape:
             raise RuntimeError(
                 f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}"
             )
         parameter.copy_(local.to(parameter.dtype))
+    held.close()
 
 
 @torch.no_grad()
@@ -205,43 +133,25 @@ def _my_share(size: int) -> tuple[int, int]:
     return parallel.tensor_rank() * part, (parallel.tensor_rank() + 1) * part
 
 
-def _read_whole(model: Model, reader: _HfReader, names: tuple[str, ...]) -> torch.Tensor:
-    return reader.whole(names[0])
-
-
-def _read_columns(model: Model, reader: _HfReader, names: tuple[str, ...]) -> torch.Tensor:
-    return reader.columns(names[0], *_my_share(reader.shape(names[0])[1]))
-
-
-def _read_vocab(model: Model, reader: _HfReader, names: tuple[str, ...]) -> torch.Tensor:
-    start, stop = _my_share(model.padded_vocab_size)
-    vocab, hidden = reader.shape(names[0])
-    rows = reader.rows(names[0], min(start, vocab), min(stop, vocab))
-    padding = rows.new_zeros(stop - start - rows.shape[0], hidden)
-    return torch.cat([rows, padding])
-
-
-def _read_qkv(model: Model, reader: _HfReader, names: tuple[str, ...]) -> torch.Tensor:
-    # Each query group's rows lie together: its queries, then its key, then its value.
-    groups = model.shape.num_query_groups // parallel.tensor_size()
-    parts = []
-    for name in names:
-        rows = reader.rows(name, *_my_share(reader.shape(name)[0]))
-        parts.append(rows.view(groups, -1, rows.shape[1]))
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def _read_gate_up(model: Model, reader: _HfReader, names: tuple[str, ...]) -> torch.Tensor:
-    return torch.cat([reader.rows(name, *_my_share(reader.shape(name)[0])) for name in names])
-
-
-_READ: dict[str, Callable[[Model, _HfReader, tuple[str, ...]], torch.Tensor]] = {
-    "whole": _read_whole,
-    "columns": _read_columns,
-    "vocab": _read_vocab,
-    "qkv": _read_qkv,
-    "gate_up": _read_gate_up,
-}
+def _local(model: Model, held: HfTensors, entry: Entry) -> torch.Tensor:
+    """This rank's part of a parameter, in the file's dtype."""
+    rows = sum(held.shape(name)[0] for name in entry.names)
+    table = spans(entry, model.shape, rows)
+    if entry.kind == "whole":
+        return megatron_rows(held, table, 0, rows)
+    if entry.kind == "columns":
+        whole = megatron_rows(held, table, 0, rows)
+        first, last = _my_share(whole.shape[1])
+        return whole[:, first:last]
+    if entry.kind == "gate_up":
+        first, last = _my_share(rows // 2)
+        halves = [megatron_rows(held, table, side + first, side + last) for side in (0, rows // 2)]
+        return torch.cat(halves)
+    if entry.kind == "vocab":
+        first, last = _my_share(model.padded_vocab_size)
+        own = held.rows(entry.names[0], min(first, rows), min(last, rows))
+        return torch.cat([own, own.new_zeros(last - first - own.shape[0], own.shape[1])])
+    return megatron_rows(held, table, *_my_share(rows))
 
 
 @torch.no_grad()
@@ -264,7 +174,7 @@ def hf_tensors(model: Model, *, everywhere: bool = False) -> Iterator[tuple[str,
         pieces: list[torch.Tensor] | None = None
         if stage == parallel.pipeline_rank():
             name, entry = mine[names]
-            pieces = _split(model, entry, _gather_tensor_parallel(parameters[name].detach(), entry.kind))
+            pieces = _hf_pieces(model, entry, _gather_tensor_parallel(parameters[name].detach(), entry.kind))
         if not everywhere and parallel.tensor_rank() != 0:
             continue
         for index, hf_name in enumerate(names):
@@ -273,20 +183,32 @@ def hf_tensors(model: Model, *, everywhere: bool = False) -> Iterator[tuple[str,
                 yield hf_name, tensor.cpu()
 
 
+def hf_buckets(
+    model: Model, bucket_bytes: int = 512 * 2**20, *, everywhere: bool = False
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """`hf_tensors` in groups of at most `bucket_bytes` (unless one tensor is larger), for syncing weights."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for name, tensor in hf_tensors(model, everywhere=everywhere):
+        size = tensor.numel() * tensor.element_size()
+        if bucket and filled + size > bucket_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, tensor))
+        filled += size
+    if bucket:
+        yield bucket
+
+
 def _plan(model: Model) -> Iterator[tuple[int, tuple[str, ...]]]:
     """(pipeline stage, Hugging Face names) of every parameter of the whole model, equal on all ranks."""
     per_stage = model.shape.num_layers // parallel.pipeline_size()
     last = parallel.pipeline_size() - 1
-    groups = list(dict.fromkeys(parts for _, parts in _LAYER_ENTRIES.values()))
-    yield 0, (EMBEDDING,)
-    for layer in range(model.shape.num_layers):
-        for parts in groups:
-            yield layer // per_stage, tuple(f"model.layers.{layer}.{part}" for part in parts)
-    yield last, (FINAL_NORM,)
-    if model.head == "scalar":
-        yield last, (SCORE,)
-    elif not model.shape.tied:
-        yield last, (LM_HEAD,)
+    for whole in wholes(model.shape, model.head):
+        if whole.layer is None:
+            yield 0 if whole.entry.names == (EMBEDDING,) else last, whole.entry.names
+        else:
+            yield whole.layer // per_stage, whole.entry.names
 
 
 def _gather_tensor_parallel(local: torch.Tensor, kind: str) -> list[torch.Tensor]:
@@ -297,22 +219,18 @@ def _gather_tensor_parallel(local: torch.Tensor, kind: str) -> list[torch.Tensor
     return parts
 
 
-def _split(model: Model, entry: Entry, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+def _hf_pieces(model: Model, entry: Entry, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensor-parallel parts of one parameter -> its whole Hugging Face tensors, in the order of entry.names."""
-    shape = model.shape
-    if entry.kind == "whole":
-        return [parts[0]]
     if entry.kind == "columns":
-        return [torch.cat(parts, dim=1)]
-    if entry.kind == "vocab":
-        return [torch.cat(parts)[: shape.vocab_size].contiguous()]
-    if entry.kind == "gate_up":
+        whole = torch.cat(parts, dim=1)
+    elif entry.kind == "gate_up":
         halves = [part.chunk(2) for part in parts]
-        return [torch.cat([half[side] for half in halves]) for side in (0, 1)]
-    joined = torch.cat(parts).view(shape.num_query_groups, -1, shape.hidden_size)
-    queries = shape.num_attention_heads // shape.num_query_groups * shape.kv_channels
-    split = joined.split([queries, shape.kv_channels, shape.kv_channels], dim=1)
-    return [part.reshape(-1, shape.hidden_size) for part in split]
+        whole = torch.cat([half[side] for side in (0, 1) for half in halves])
+    else:
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    rows = model.shape.vocab_size if entry.kind == "vocab" else whole.shape[0]
+    table: list[Span] = spans(entry, model.shape, rows)
+    return [hf_whole(table, name, whole).contiguous() for name in entry.names]
 
 
 def _send_to_all_stages(
@@ -338,47 +256,22 @@ def save_hf(
     """
     dtype = dtype or model.precision.params_dtype
     out = Path(out_dir)
-    shards = _shards(hf_shapes(model.shape, model.head), dtype.itemsize, shard_bytes)
-    total = sum(size for _, size in shards)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    shard_of = {tensor: index for index, (tensors, _) in enumerate(shards) for tensor in tensors}
-    waiting: list[dict[str, torch.Tensor]] = [{} for _ in shards]
-    written: list[Path] = []
+    files = safetensors_files.shards(hf_shapes(model.shape, model.head), dtype.itemsize, shard_bytes)
+    written = [out / name for name, _ in files]
+    writers: dict[str, TensorFileWriter] = {}
     if parallel.is_main():
         out.mkdir(parents=True, exist_ok=True)
+        for name, tensors in files:
+            writers |= dict.fromkeys(tensors, TensorFileWriter(out / name, tensors, dtype))
     for name, tensor in hf_tensors(model):
-        index = shard_of[name]
-        # A clone: safetensors refuses views that share memory with a live parameter.
-        waiting[index][name] = tensor.to(dtype, copy=True).contiguous()
-        if len(waiting[index]) == len(shards[index][0]):
-            save_file(waiting[index], out / names[index], metadata={"format": "pt"})
-            waiting[index] = {}
-            written.append(out / names[index])
+        writers[name].write(name, 0, tensor.to(dtype).contiguous())
+    for writer in set(writers.values()):
+        writer.finish()
     if parallel.is_main():
-        if len(shards) > 1:
-            weight_map = {tensor: names[index] for tensor, index in shard_of.items()}
-            index_file = out / "model.safetensors.index.json"
-            index_file.write_text(
-                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            )
-            written.append(index_file)
-        config = out / "config.json"
-        config.write_text(json.dumps(model.shape.to_hf_config(head=model.head, dtype=dtype), indent=2) + "\n")
-        written.append(config)
+        if len(files) > 1:
+            written.append(out / safetensors_files.INDEX_FILE)
+            written[-1].write_text(json.dumps(safetensors_files.index_of(files, dtype.itemsize), indent=2))
+        written.append(out / "config.json")
+        written[-1].write_text(json.dumps(model.shape.to_hf_config(head=model.head, dtype=dtype), indent=2) + "\n")
     parallel.barrier()
-    return written
-
-
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> list[tuple[list[str], int]]:
-    """Consecutive tensors grouped into files: (names, bytes) each."""
-    shards: list[tuple[list[str], int]] = [([], 0)]
-    for name, shape in shapes.items():
-        size = itemsize * int(torch.Size(shape).numel())
-        if shards[-1][0] and shards[-1][1] + size > limit:
-            shards.append(([], 0))
-        shards[-1] = (shards[-1][0] + [name], shards[-1][1] + size)
-    return shards
+    return written if parallel.is_main() else []

@@ -29,6 +29,7 @@ from her_nemo.config.schema import (
     RewardConfig,
     SftConfig,
     StageConfig,
+    VerifyConfig,
 )
 from her_nemo.planning import data_checks
 
@@ -49,6 +50,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _ppo(config)
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
+    if isinstance(config, VerifyConfig):
+        problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
     if isinstance(config, EvaluateConfig):
         problems += _evaluation(config)
     if isinstance(config, DemoConfig):
@@ -277,7 +280,8 @@ def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, 
         yield Problem(key, f"{path}: not {wanted}", hint="convert reads Hugging Face, export reads Megatron")
     yield from _agreement(config.model, shape)
     yield from _layout(config.model, shape)
-    yield from _processes(config, environment)
+    if isinstance(config, ExportConfig):
+        yield from _processes(config, environment)
     yield from _target("out", config.out)
     tokenizer = config.tokenizer if isinstance(config, ExportConfig) else config.model.tokenizer.path
     if tokenizer is not None:

@@ -1,63 +1,51 @@
-"""Megatron -> Hugging Face, and proof that it is the same model: every tensor bit for bit, and the outputs of both.
+"""Megatron -> Hugging Face, and proof that it is the same model: every tensor, and the outputs of both.
 
-The directory gets its name only when the proof holds; until then it is `<out>.partial`, which nobody loads.
+Streamed: writing takes no more memory for a larger model. The directory gets its name, and its config.json, only when
+the proof holds; until then it is `<out>.partial`, which nobody loads. A run that was cut off goes on from what it has.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tqdm import tqdm
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import ExportConfig
 from her_nemo.data.tokenise import Tokeniser
-from her_nemo.megatron import forward, parallel, weights
-from her_nemo.megatron.qwen3 import Model
+from her_nemo.megatron import conversion, parallel, safetensors_files, streaming
+from her_nemo.megatron.qwen3_map import hf_shapes
+from her_nemo.megatron.safetensors_files import INDEX_FILE
+from her_nemo.megatron.single_layer import SingleLayer
+from her_nemo.training import checkpoint, proof
 from her_nemo.training import source as sources
 from her_nemo.training.logging import quiet_transformers
 from her_nemo.training.run import distributed
 
 PROOF_FILE = "proof.json"
-PROBES, PROBE_LENGTH, PROBE_SEED = 4, 96, 20_601
 
 
 def run(cfg: ExportConfig) -> int:
-    source = sources.locate(cfg.checkpoint)
+    source = sources.locate(cfg.checkpoint, cfg.part)
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer else source.tokenizer
     if tokenizer is None:
         raise UserError(f"{source.path}: no tokenizer beside the weights. Set tokenizer=DIR.")
+    tokeniser = Tokeniser(tokenizer)
     out, partial = Path(cfg.out), Path(f"{cfg.out}.partial")
-    dtype = getattr(torch, cfg.dtype)
+    checkpoint.check_target(out, PROOF_FILE)
     quiet_transformers()
     with distributed(cfg):
-        model = sources.build(source, cfg.model, cfg.trainer.precision, head=source.head, trainable=False)
+        held = write(cfg, source, partial)
+        found = prove(cfg, source, partial, held, tokeniser)
         if parallel.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        parallel.barrier()
-        weights.save_hf(model, partial, dtype=dtype, shard_bytes=cfg.shard_bytes)
-        held = {name: digest(tensor.to(dtype)) for name, tensor in weights.hf_tensors(model)}
-        tokens = probe_tokens(model.shape.vocab_size)
-        outputs = (
-            forward.logits(model, tokens)
-            if model.head == "lm"
-            else forward.values(model, [{"tokens_BS": tokens}])[0]
-        )
-        failures: list[str] = []
-        if parallel.is_main():
-            proof, failures = prove(partial, model, tokens, outputs.cpu(), held, cfg)
-            if not failures:
-                finish(partial, out, proof, Tokeniser(tokenizer))
-                print(
-                    f"{cfg.name}: {source.path} -> {out}; logits differ by {proof['logits_max_abs_diff']:.2g} at most"
-                )
-        failures = parallel.broadcast_object(failures)
+            if found.failures:
+                # What was written is not to be gone on with.
+                (partial / streaming.IDENTITY).unlink(missing_ok=True)
+            else:
+                finish(cfg, source, partial, out, found, tokeniser)
+        failures = parallel.broadcast_object(found.failures)
     if failures:
         raise UserError(
             f"{partial}: not the model that Megatron holds, so not exported: {'; '.join(failures)}"
@@ -65,88 +53,84 @@ def run(cfg: ExportConfig) -> int:
     return 0
 
 
+def write(cfg: ExportConfig, source: sources.ModelSource, partial: Path) -> dict[str, str]:
+    """The weights as safetensors in `partial`. Returns the hash of every tensor as it was read (collective)."""
+    share = conversion.Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    tensors = source.tensors()
+    with tqdm(desc=cfg.name, unit="B", unit_scale=True, disable=None if parallel.is_main() else True) as bar:
+        held = conversion.to_safetensors(
+            tensors, partial, source.shape, source.head, getattr(torch, cfg.dtype),
+            shard_bytes=cfg.shard_bytes, identity=source.identity(), share=share, watch=bar.update,
+        )  # fmt: skip
+    tensors.close()
+    itemsize = getattr(torch, cfg.dtype).itemsize
+    files = safetensors_files.shards(hf_shapes(source.shape, source.head), itemsize, cfg.shard_bytes)
+    if parallel.is_main() and len(files) > 1:
+        (partial / INDEX_FILE).write_text(json.dumps(safetensors_files.index_of(files, itemsize), indent=2))
+    return held
+
+
 def prove(
-    directory: Path,
-    model: Model,
-    tokens: torch.Tensor,
-    outputs: torch.Tensor,
-    held: dict[str, str],
+    cfg: ExportConfig, source: sources.ModelSource, partial: Path, held: dict[str, str], tokeniser: Tokeniser
+) -> proof.Findings:
+    """Compare what lies in `partial` with what Megatron holds (collective; findings on global rank 0)."""
+    dtype = getattr(torch, cfg.dtype)
+    found = proof.Findings()
+    how = parallel.broadcast_object(proof.method(cfg.proof, source.shape, source.head))
+    if how == "layers" and parallel.tensor_size() * parallel.pipeline_size() > 1:
+        raise UserError("proof=layers runs in one piece: leave model.tensor_model_parallel_size and pipeline at 1")
+    found.body |= {"method": how, "head": source.head, "dtype": cfg.dtype}
+    found.body["fingerprint"] = source.shape.fingerprint(source.head)
+    found.body["source"] = {"path": str(source.path), **source.identity()}
+    if parallel.is_main():
+        # transformers wants it to load a model at all; without config.json nobody else takes it for one.
+        (partial / "generation_config.json").write_text(json.dumps(_ends(tokeniser), indent=1) + "\n")
+        proof.tensors_agree(partial, held, dtype, found)
+    config = proof.hf_config(source.shape, source.head, dtype, _ends(tokeniser))
+    if how == "full":
+        # fp32 on both sides, with the weights as they were rounded: the same function to the last digits.
+        model = sources.build(source, cfg.model, "32", head=source.head, trainable=False)
+        proof.round_weights(model, dtype)
+        live = proof.live_hashes(model, dtype)
+        outputs = proof.megatron_outputs(model)
+        del model
+        if parallel.is_main():
+            written = {name: facts["sha256"] for name, facts in found.body["tensors"].items()}
+            proof.compare_hashes("the live model", live, written, found)
+            if not found.failures:
+                proof.outputs_agree(partial, config, outputs, cfg.logits_tolerance, found)
+    elif parallel.is_main() and not found.failures:
+        single = SingleLayer(source.path / source.part, source.shape, source.head, dtype)
+        proof.layers_agree(partial, config, single, cfg.proof_layers, cfg.logits_tolerance, found)
+        single.close()
+    return found
+
+
+def finish(
     cfg: ExportConfig,
-) -> tuple[dict[str, Any], list[str]]:
-    """Reload what was written and compare it with what Megatron holds.
-
-    Returns the content of proof.json, and everything that does not hold.
-    """
-    written = {name: digest(tensor) for name, tensor in read_tensors(directory)}
-    wrong = sorted(name for name in held.keys() | written.keys() if held.get(name) != written.get(name))
-    failures = [f"tensors differ: {', '.join(wrong[:5])}"] if wrong else []
-    loader = AutoModelForCausalLM if model.head == "lm" else AutoModelForSequenceClassification
-    network, info = loader.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            failures.append(f"transformers reports {kind}: {sorted(map(str, info[kind]))[:5]}")
-    theirs = hf_outputs(network, model.head, tokens)
-    difference = float((theirs - outputs).abs().max())
-    # In half precision the written weights are rounded, and so is the comparison.
-    tolerance = cfg.logits_tolerance if cfg.dtype == "float32" and cfg.trainer.precision == "32" else 0.25
-    if not difference <= tolerance:
-        failures.append(f"outputs differ by {difference:.3g}, more than {tolerance:g}")
-    agreement = float((theirs.argmax(-1) == outputs.argmax(-1)).float().mean()) if model.head == "lm" else 1.0
-    proof = {
-        "logits_max_abs_diff": difference,
-        "logits_tolerance": tolerance,
-        "cosine": float(
-            torch.cosine_similarity(theirs.flatten().double(), outputs.flatten().double(), dim=0)
-        ),
-        "top1_agreement": agreement,
-        "probes": {"sequences": PROBES, "length": PROBE_LENGTH, "seed": PROBE_SEED},
-        "fingerprint": model.fingerprint(),
-        "head": model.head,
-        "dtype": cfg.dtype,
-        "tensors": written,
-    }
-    return proof, failures
-
-
-@torch.no_grad()
-def hf_outputs(network: torch.nn.Module, head: str, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits [B, S, V], or the score at every token [B, S]."""
-    network.eval()
-    if head == "lm":
-        return network(input_ids=tokens).logits.float()
-    return network.score(network.model(input_ids=tokens).last_hidden_state)[..., 0].float()
-
-
-def finish(partial: Path, out: Path, proof: dict[str, Any], tokeniser: Tokeniser) -> None:
-    """Tokenizer, generation config and proof beside the weights; then the directory gets its name."""
+    source: sources.ModelSource,
+    partial: Path,
+    out: Path,
+    found: proof.Findings,
+    tokeniser: Tokeniser,
+) -> None:
+    """Everything else that makes it a model, the proof among it; then the directory gets its name."""
+    dtype = getattr(torch, cfg.dtype)
     tokeniser.hf.save_pretrained(partial)
-    config_path = partial / "config.json"
-    ends = {"eos_token_id": tokeniser.eos_id, "pad_token_id": tokeniser.pad_id}
-    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | ends, indent=1) + "\n")
-    (partial / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
-    (partial / PROOF_FILE).write_text(json.dumps(proof, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    (partial / PROOF_FILE).write_text(json.dumps(found.body, indent=1) + "\n")
+    config = source.shape.to_hf_config(head=source.head, dtype=dtype) | _ends(tokeniser)
+    for leftover in [*partial.glob("done.*.jsonl"), partial / streaming.IDENTITY]:
+        leftover.unlink(missing_ok=True)
+    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    checkpoint.replace_finished(partial, out)
+    if found.body["method"] == "full":
+        said = f"logits differ by {found.body['logits_max_abs_diff']:.2g} at most"
+    else:
+        layers = sum(place.isdigit() for place in found.body["layers"])
+        gap = found.body["largest_relative_difference"]
+        said = f"{layers} of {source.shape.num_layers} layers and the head differ by {gap:.2g} of their size at most"
+    print(f"{cfg.name}: {source.path} -> {out}; every tensor the same, {said}; {out / PROOF_FILE}")
 
 
-def probe_tokens(vocab_size: int) -> torch.Tensor:
-    """Fixed random sequences [PROBES, PROBE_LENGTH] over the whole vocabulary."""
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    return torch.randint(0, vocab_size, (PROBES, PROBE_LENGTH), generator=generator)
-
-
-def read_tensors(directory: Path) -> Any:
-    """(name, tensor) of every tensor in the safetensors files of a directory."""
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                yield name, handle.get_tensor(name)
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    body = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return hashlib.sha256(head + body).hexdigest()
+def _ends(tokeniser: Tokeniser) -> dict[str, int]:
+    return {"eos_token_id": tokeniser.eos_id, "pad_token_id": tokeniser.pad_id}

@@ -24,6 +24,10 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
 TOKENIZER_DIR = "tokenizer"
+_NOT_A_TOKENIZER = (
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf"),
+    *(".git", ".cache", "proof.json"),
+)
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -64,21 +68,46 @@ def write(
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         if tokenizer is not None:
-            shutil.copytree(tokenizer, directory / TOKENIZER_DIR)
+            copy_tokenizer(tokenizer, directory)
     parallel.barrier()
     save_tensors(directory)
     parallel.barrier()
     if parallel.is_main():
-        body = {
-            "format": FORMAT,
-            "step": step,
-            "models": dict(models),
-            "counters": dict(counters),
-            "config": dict(config),
-            "files": _hashes(directory),
-        }
-        _replace(directory / MANIFEST, json.dumps(body, indent=1, sort_keys=True))
+        seal(directory, step, models=models, counters=counters, config=config)
     parallel.barrier()
+
+
+def seal(
+    directory: Path,
+    step: int,
+    *,
+    models: Mapping[str, dict[str, Any]],
+    counters: Mapping[str, Any],
+    config: Mapping[str, Any],
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write the manifest that makes a directory a checkpoint. Files in `known` are not hashed again."""
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "models": dict(models),
+        "counters": dict(counters),
+        "config": dict(config),
+        "files": _hashes(directory, known or {}),
+    }
+    _replace(directory / MANIFEST, json.dumps(body, indent=1, sort_keys=True))
+
+
+def replace_finished(partial: Path, out: Path) -> None:
+    """Give a finished directory its name, in the place of an older one."""
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def check_target(out: Path, marker: str) -> None:
+    """UserError if `out` holds something that is not an older one of its kind: it would be deleted."""
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+        raise UserError(f"{out}: holds other files (and no {marker}), and would be replaced. Give another directory.")
 
 
 def read(path: Path) -> Manifest:
@@ -149,12 +178,22 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def _hashes(directory: Path) -> dict[str, dict[str, Any]]:
+def copy_tokenizer(tokenizer: Path, directory: Path) -> None:
+    """A copy of the tokenizer inside a checkpoint; of a model directory, everything but its weights."""
+    ignored = shutil.ignore_patterns(*_NOT_A_TOKENIZER)
+    shutil.copytree(tokenizer, directory / TOKENIZER_DIR, ignore=ignored, dirs_exist_ok=True)
+
+
+def _hashes(directory: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     files = {}
     for path in sorted(entry for entry in directory.rglob("*") if entry.is_file()):
+        name = str(path.relative_to(directory))
+        if name in known:
+            files[name] = dict(known[name])
+            continue
         with path.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     return files
 
 

@@ -154,8 +154,11 @@ def open_run(cfg: Any) -> Iterator[Run]:
 
 
 @contextmanager
-def distributed(cfg: Any) -> Iterator[None]:
-    """Megatron made fit for this machine and its parallel groups, for as long as the block lasts."""
+def distributed(cfg: Any, *, split: bool = True) -> Iterator[None]:
+    """Megatron made fit for this machine and its parallel groups, for as long as the block lasts.
+
+    Without `split`, no model is cut up: the processes only share out work.
+    """
     if cfg.trainer.accelerator == "gpu" and platform.backend() != "nccl":
         raise UserError(
             "trainer.accelerator is gpu, but torch sees no CUDA here. Install a CUDA build of torch, run where the "
@@ -163,8 +166,8 @@ def distributed(cfg: Any) -> Iterator[None]:
         )
     platform.apply()
     parallel.initialize(
-        tensor=cfg.model.tensor_model_parallel_size,
-        pipeline=cfg.model.pipeline_model_parallel_size,
+        tensor=cfg.model.tensor_model_parallel_size if split else 1,
+        pipeline=cfg.model.pipeline_model_parallel_size if split else 1,
         seed=cfg.model.seed,
     )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import qwen3, state, weights
+from her_nemo.megatron.conversion import source_identity
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
+from her_nemo.megatron.safetensors_files import HfTensors
+from her_nemo.megatron.streaming import MegatronTensors, Tensors
 from her_nemo.training import checkpoint
 
 
@@ -31,6 +35,21 @@ class ModelSource:
         else:
             state.load(self.path / self.part, model)
 
+    def tensors(self) -> Tensors:
+        """The weights under their Hugging Face names, read lazily in rows, checked for names and shapes."""
+        if not self.is_hf:
+            return MegatronTensors(self.path / self.part, self.shape, self.head)
+        held = HfTensors(self.path)
+        weights.check_hf(held, self.shape, self.head)
+        return held
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from another, or from itself changed since."""
+        if self.is_hf:
+            return source_identity(self.path)
+        manifest = (self.path / checkpoint.MANIFEST).read_bytes()
+        return {"manifest": hashlib.sha256(manifest).hexdigest(), "part": self.part}
+
 
 def locate(path: str | Path, part: str = "model") -> ModelSource:
     """Find out what lies at `path`.
@@ -43,7 +62,7 @@ def locate(path: str | Path, part: str = "model") -> ModelSource:
         raise UserError(
             f"{place}: no such directory. Give a Hugging Face directory or a Megatron checkpoint."
         )
-    if (place / "config.json").is_file():
+    if is_hf(place):
         tokenizer = place if (place / "tokenizer.json").is_file() else None
         return ModelSource(place, True, Qwen3Shape.from_hf_dir(place), _hf_head(place), tokenizer)
     manifest = checkpoint.read(place)
@@ -54,6 +73,11 @@ def locate(path: str | Path, part: str = "model") -> ModelSource:
     return ModelSource(
         manifest.directory, False, Qwen3Shape(**entry["shape"]), entry["head"], tokenizer, part
     )
+
+
+def is_hf(path: str | Path) -> bool:
+    """True for a Hugging Face directory."""
+    return (Path(path) / "config.json").is_file()
 
 
 def describe(model: Model) -> dict[str, Any]:

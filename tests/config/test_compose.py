@@ -14,6 +14,7 @@ GIVEN = {
     "sft": ["pretrained_checkpoint.restore_from_path=/base", "model.data.train_ds.file_path=/train.jsonl"],
     "convert": ["source=/hf", "out=/megatron"],
     "export": ["checkpoint=/run", "out=/hf"],
+    "verify": ["a=/hf", "b=/megatron"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],

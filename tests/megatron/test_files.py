@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 from her_nemo.config.errors import UserError
-from her_nemo.megatron import forward, optimizer, qwen3, state, weights
+from her_nemo.megatron import forward, optimizer, qwen3, qwen3_map, state, weights
 
 
 class Harmful:
@@ -74,7 +74,7 @@ def test_wrong_tensors_are_named_all_at_once(hf_dir: Path, tmp_path: Path) -> No
 
 def test_transformer_engine_names_map_to_the_same_tensors() -> None:
     """Norms fused into the next linear map have other names and the same Hugging Face tensors."""
-    table = weights._LAYER_ENTRIES
+    table = qwen3_map.LAYER_ENTRIES
     assert table["self_attention.linear_qkv.layer_norm_weight"] == table["input_layernorm.weight"]
     assert table["mlp.linear_fc1.layer_norm_weight"] == table["pre_mlp_layernorm.weight"]
 
