@@ -13,14 +13,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from her_nemo.config import schema, sections
+from her_nemo.config import schema, sections, synthesis
 from her_nemo.config.compose import known_keys, subsection
 from her_nemo.config.schema import ARCHITECTURE_KEYS, STAGES
 
 PACKAGE = Path(schema.__file__).parents[1]
 SECTIONS = {
     name: value
-    for module in (schema, sections)
+    for module in (schema, sections, synthesis)
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, BaseModel)
 }
@@ -58,6 +58,12 @@ class Reader(ast.NodeVisitor):
         self.file, self.reads, self.unknown = file, reads, unknown
         self.names: dict[str, Types] = {}
         self.section: Types = ()  # the section whose methods are being read
+        self.attributes: dict[str, Types] = {}  # of this file's own objects: `cfg` in run.cfg, `limits` in self.limits
+        self.foreign: set[str] = set()  # imported names that are not sections, as tokenizers' Tokenizer
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if not (node.module or "").startswith("her_nemo.config"):
+            self.foreign |= {alias.asname or alias.name for alias in node.names}
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self.section = (
@@ -66,7 +72,7 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
         self.section = ()
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         before = dict(self.names)
         arguments = [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]
         for argument in arguments:
@@ -78,11 +84,14 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
         self.names = before
 
+    visit_AsyncFunctionDef = visit_FunctionDef
+
     def declared(self, argument: ast.arg) -> Types:
         if argument.arg == "self":
             return self.section
         text = ast.unparse(argument.annotation) if argument.annotation else "Any"
-        types = tuple(SECTIONS[word.strip()] for word in text.split("|") if word.strip() in SECTIONS)
+        words = [word.strip() for word in text.split("|")]
+        types = tuple(SECTIONS[word] for word in words if word in SECTIONS and word not in self.foreign)
         if text == "TrainingConfig":
             types = (schema.SftConfig, schema.RewardConfig, schema.PpoConfig)
         guess = text == "Any" and not any(self.file.startswith(place) for place in OTHERS)
@@ -98,6 +107,14 @@ class Reader(ast.NodeVisitor):
             for name, value in pairs:
                 if isinstance(name, ast.Name):
                     self.names[name.id] = self.types(value)
+                elif isinstance(name, ast.Attribute) and self.types(value):
+                    self.attributes[name.attr] = self.types(value)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """A field of a dataclass."""
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Name) and ast.unparse(node.annotation) in SECTIONS:
+            self.attributes[node.target.id] = (SECTIONS[ast.unparse(node.annotation)],)
 
     def visit_If(self, node: ast.If) -> None:
         """`if isinstance(config, SftConfig | PpoConfig)`: inside, it is one of those."""
@@ -134,7 +151,8 @@ class Reader(ast.NodeVisitor):
                 return ANY["cfg"]
             if ast.unparse(node) in ("self.model", "planner.model") and self.file == "planning/stages.py":
                 return ANY["model"]
-            return fields_of(self.types(node.value), node.attr)[0]
+            owner = self.types(node.value)
+            return fields_of(owner, node.attr)[0] if owner else self.attributes.get(node.attr, ())
         return ()
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -155,7 +173,10 @@ class Reader(ast.NodeVisitor):
         if isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1:
             name = node.args[1]
             if isinstance(name, ast.Constant):
-                self.reads |= set(fields_of(self.types(node.args[0]), name.value)[1])
+                # It asks because not every kind of section has the key.
+                kinds = self.types(node.args[0])
+                heirs = tuple(kind for kind in SECTIONS.values() if issubclass(kind, kinds)) if kinds else ()
+                self.reads |= set(fields_of(heirs, name.value)[1])
         self.generic_visit(node)
 
 
@@ -167,7 +188,7 @@ def read() -> tuple[Reads, list[str]]:
         Reader(name, reads, unknown).visit(ast.parse(file.read_text(encoding="utf-8")))
     # Architecture.architecture() hands these out by name; data and demo lists likewise.
     reads |= {(schema.Architecture, key) for key in ARCHITECTURE_KEYS}
-    reads |= {(schema.DemoConfig, stage) for stage in STAGES if stage != "demo"}
+    reads |= {(schema.DemoConfig, stage) for stage in STAGES if stage in schema.DemoConfig.model_fields}
     return reads, unknown
 
 
