@@ -22,11 +22,15 @@ from her_nemo.data.tokenise import Tokeniser, pack_text
 from her_nemo.megatron.qwen3 import Qwen3Shape
 from her_nemo.training.logging import MetricLogger, progress, quiet_transformers
 
+THREADS = 2
+
 
 def run(cfg: BaseConfig, model: Architecture, *, text: Path, tokenizer: Path, out: Path, seed: int) -> None:
     """Train a base on `text` (JSON lines with "text") and write it to `out` in Hugging Face form."""
     quiet_transformers()
     torch.manual_seed(seed)
+    # The order of sums, and so every later figure of the demo, depends on it: not left to the environment.
+    torch.set_num_threads(THREADS)
     tokeniser = Tokeniser(tokenizer)
     rows, _ = read_jsonl(text, kind="text")
     # One <|endoftext|> between documents, as base models see them.
