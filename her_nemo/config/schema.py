@@ -364,6 +364,9 @@ class IngestConfig(StageConfig):
     plans: Literal["auto", "require", "any"] = knob(
         "auto", "auto: where a conversation has plans, only turns with one become samples."
     )
+    layout: Literal["her", "her_natural", "her_structured"] = knob(
+        "her", "How the system prompts made from conversations are laid out (docs/roleplay.md)."
+    )
     allow_defects: list[str] = knob([], "Defects that do not keep a reply out of the samples.")
     unit: Literal["conversation", "book"] = knob("conversation", "What a split keeps together.")
     shares: Shares = Shares()

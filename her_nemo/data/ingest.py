@@ -46,6 +46,7 @@ from her_nemo.data.samples import (
 )
 from her_nemo.data.splits import Identity, Purpose, assign, identity_of, overlaps
 from her_nemo.roleplay.dialects import Dialect
+from her_nemo.roleplay.layouts import Layout
 
 PEEK = 20  # rows looked at to tell a file's format
 
@@ -69,7 +70,9 @@ class _Run:
 
     @property
     def samples(self) -> SampleOptions:
-        return SampleOptions(self.cfg.speakers, self.cfg.plans, frozenset(self.cfg.allow_defects))
+        return SampleOptions(
+            self.cfg.speakers, self.cfg.plans, frozenset(self.cfg.allow_defects), Layout(self.cfg.layout)
+        )
 
 
 def ingest(cfg: IngestConfig) -> dict[str, Any]:

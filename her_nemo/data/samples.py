@@ -20,6 +20,7 @@ from her_nemo.roleplay.names import normalise_name
 from her_nemo.roleplay.prompt import (
     CONVERSATION_START,
     DEFAULT_REQUIREMENTS,
+    Layout,
     Message,
     RolePrompt,
     Utterance,
@@ -42,11 +43,12 @@ HARMLESS = frozenset((Defect.MISSING_PLAN,))
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Which turns become samples."""
+    """Which turns become samples, and how their system prompt is laid out."""
 
     speakers: Speakers = "key"
     plans: Plans = "auto"
     allow_defects: frozenset[str] = frozenset()
+    layout: Layout = Layout.HER
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _turns_of(
     """One outcome for each of my turns. The whole conversation is rendered once: my k-th prompt is its beginning."""
     system = role_prompt(conversation, me, planned)
     history = [Utterance(turn.speaker, turn.text) for turn in conversation.turns]
-    messages = build_messages(system, me, history)
+    messages = build_messages(system, me, history, options.layout)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     shown = [i for i in mine if build_messages("", me, [history[i]])[-1]["role"] == "assistant"]
     # A turn of mine without any text leaves no assistant message.

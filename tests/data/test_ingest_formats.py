@@ -23,6 +23,7 @@ from ingest_files import (
 
 from her_nemo.data.records import Conversation, read_conversations
 from her_nemo.data.sources import read_rows
+from her_nemo.roleplay.layouts import read_prompt
 
 
 def test_a_coser_book(tmp_path: Path) -> None:
@@ -267,6 +268,15 @@ def test_several_files_and_a_directory(tmp_path: Path) -> None:
     assert card["format"] == "coser_book, her_single_turn"
     assert set(card["books"]) == {"A", "B", "King Lear"}
     assert card["ledger"]["unexplained"] == 0
+
+
+@pytest.mark.parametrize("layout", ["her", "her_natural", "her_structured"])
+def test_the_system_prompt_has_the_layout_asked_for(tmp_path: Path, layout: str) -> None:
+    run(write(tmp_path / "lear.json", book()), tmp_path / "out", layout=layout)
+    for row in rows(tmp_path / "out"):
+        prompt, found = read_prompt(row["messages"][0]["content"])
+        assert (found, prompt.name) == (layout, row["character"])
+        assert prompt.inner_thoughts
 
 
 def test_the_splits_are_what_the_stages_read(tmp_path: Path) -> None:
