@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,8 +154,11 @@ def test_every_dtype_is_read_and_cast_once(dtype: torch.dtype, tmp_path: Path) -
     assert_same(tensors_of(model), wanted)
 
 
-def killed_after(count: int, work: Callable[[Callable[[int], object]], object]) -> None:
-    """Run `work` in a process that dies by SIGKILL when it has been heard of `count` times."""
+def killed_after(
+    count: int, work: Callable[[Callable[[int], object]], object], ready: Callable[[], object] = lambda: True
+) -> None:
+    """Run `work` in a process that dies by SIGKILL when it has been heard of `count` times and `ready` says so (the
+    threads that write may lag behind the one that is heard of)."""
     child = os.fork()
     if child == 0:
         heard = 0
@@ -163,6 +167,9 @@ def killed_after(count: int, work: Callable[[Callable[[int], object]], object]) 
             nonlocal heard
             heard += 1
             if heard > count:
+                deadline = time.monotonic() + 20
+                while not ready() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
@@ -226,7 +233,7 @@ def test_a_killed_export_is_gone_on_with(tmp_path: Path) -> None:
             block_bytes=3000, watch=watch,
         )  # fmt: skip
 
-    killed_after(40, export)
+    killed_after(40, export, lambda: finished(tmp_path / "out"))
     done = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished(tmp_path / "out")}
     assert done
     digests = export()

@@ -11,7 +11,7 @@ CHECKS = str(Path(__file__).with_name("learning_checks.py"))
 
 
 def learn(reference: Path, processes: int = 1, **changes: object) -> dict:
-    args = {"directory": str(reference), "layout": {"name": "tp1"}, "steps": 25, "lr": 3e-3, "reward": "wanted"}
+    args = {"directory": str(reference), "layout": {"name": "tp1"}, "steps": 40, "lr": 3e-3, "reward": "wanted"}
     return run(processes, f"{CHECKS}:learn", args | changes)[0]
 
 
