@@ -89,7 +89,7 @@ def _sft_rows(seed: int, purpose: str, split: Split, count: int) -> Iterator[dic
     for scene in sample_scenes(seed, purpose, split, count):
         rng = _words_rng(seed, scene)
         messages = prompt_messages(rng, scene)
-        reply = flawed_reply(rng, scene, sample_flaws(rng, SFT_RATES))
+        reply = flawed_reply(rng, scene, sample_flaws(rng, SFT_RATES), split.names)
         yield {"trace_id": scene.trace_id, "messages": [*messages, {"role": "assistant", "content": reply}]}
 
 
@@ -101,12 +101,12 @@ def _pair_rows(seed: int, purpose: str, split: Split, count: int, noise: float) 
         # From the same random state both replies use the same wording as far as their flaws allow.
         twin = rng.random() < TWIN_SHARE
         state = rng.getstate()
-        chosen = flawed_reply(rng, scene, better)
+        chosen = flawed_reply(rng, scene, better, split.names)
         if twin:
             rng.setstate(state)
-        rejected = flawed_reply(rng, scene, worse)
+        rejected = flawed_reply(rng, scene, worse, split.names)
         while rejected == chosen:  # both break off before the place where they differ
-            rejected = flawed_reply(rng, scene, worse)
+            rejected = flawed_reply(rng, scene, worse, split.names)
         flip = rng.random() < noise
         if flip:
             chosen, rejected = rejected, chosen

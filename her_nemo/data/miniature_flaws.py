@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
@@ -51,12 +51,11 @@ BREAKS: dict[Flaw, frozenset[str]] = {
 SFT_RATES: dict[Flaw, float] = dict.fromkeys(Flaw, 0.08) | {Flaw.WRONG_STANCE: 0.06, Flaw.MALFORMED: 0.06}
 CHOSEN_RATE = 0.04  # rate of each flaw in the better reply of a pair
 # How often a flaw is picked for the worse reply, relative to the others. Flaws that are hard to see from the reply
-# alone are shown more often, a wrong stance least: it is seldom the one thing that people object to.
+# alone are shown more often, and so is a broken form, which comes in nine kinds.
 PAIR_WEIGHTS: dict[Flaw, float] = dict.fromkeys(Flaw, 0.8) | {
-    Flaw.WRONG_STANCE: 0.4,
     Flaw.WRONG_ACTION: 1.5,
     Flaw.LOST_STYLE: 2.0,
-    Flaw.MALFORMED: 2.0,
+    Flaw.MALFORMED: 3.0,
 }
 EXTRA_FLAWS = (0.2, 0.4, 0.4)  # shares of pairs whose worse reply has one, two and three more flaws
 
@@ -77,8 +76,10 @@ def sample_pair_flaws(rng: random.Random) -> tuple[frozenset[Flaw], frozenset[Fl
     return better, frozenset(worse)
 
 
-def flawed_reply(rng: random.Random, scene: Scene, flaws: Iterable[Flaw]) -> str:
-    """Text of a reply with exactly these flaws."""
+def flawed_reply(
+    rng: random.Random, scene: Scene, flaws: Iterable[Flaw], names: Sequence[str] = ()
+) -> str:
+    """Text of a reply with exactly these flaws. A wrong name before the reply is the speaker's or one of `names`."""
     flaws = frozenset(flaws)
     stance = scene.stance
     if Flaw.WRONG_STANCE in flaws:
@@ -103,7 +104,7 @@ def flawed_reply(rng: random.Random, scene: Scene, flaws: Iterable[Flaw]) -> str
         reply = replace(reply, leak=rng.choice(LEAKS).format(**words))
     if Flaw.LOOP in flaws:
         reply = replace(reply, repeats=rng.choice((2, 3)))
-    return _malformed(rng, reply) if Flaw.MALFORMED in flaws else reply.text()
+    return _malformed(rng, scene, reply, names) if Flaw.MALFORMED in flaws else reply.text()
 
 
 def _off_topic(rng: random.Random, scene: Scene, words: dict[str, str]) -> str:
@@ -113,21 +114,33 @@ def _off_topic(rng: random.Random, scene: Scene, words: dict[str, str]) -> str:
     return rng.choice(SPEECHES[words["stance"]]).format(**{**words, "o": other})
 
 
-def _malformed(rng: random.Random, reply: Reply) -> str:
-    """One of seven breakages of the format."""
+def _malformed(rng: random.Random, scene: Scene, reply: Reply, names: Sequence[str]) -> str:
+    """One of nine breakages of the format."""
     text = reply.text()
     inside = rng.choice(("role_thinking", "role_action"))
-    kind = rng.randrange(7)
+    before_body = f"</system_thinking>{reply.name}: "
+    kind = rng.randrange(9)
     if kind == 0:  # the name is missing
-        return text.replace(f"</system_thinking>{reply.name}: ", "</system_thinking>", 1)
-    if kind == 1:  # never closed
+        return text.replace(before_body, "</system_thinking>", 1)
+    if kind == 1:  # somebody else's name
+        return text.replace(before_body, f"</system_thinking>{_wrong_name(rng, scene, names)}: ", 1)
+    if kind == 2:  # never closed
         return text.replace(f"</{inside}>", "", 1)
-    if kind == 2:  # never opened
+    if kind == 3:  # closed by another tag
+        return text.replace(f"</{inside}>", "</system_thinking>", 1)
+    if kind == 4:  # never opened
         return text.replace(f"<{inside}>", "", 1)
-    if kind == 3:  # opened twice
+    if kind == 5:  # opened twice
         return text.replace(f"<{inside}>", f"<{inside}><{inside}>", 1)
-    if kind == 4:  # a closing tag too many
+    if kind == 6:  # a closing tag too many
         return f"{text} </role_thinking>"
-    if kind == 5:  # the reply breaks off
+    if kind == 7:  # the reply breaks off
         return text[: text.index(f"</{inside}>")]
     return text.replace("<role_action>", "<Role_Action>").replace("</role_action>", "</Role_Action>")
+
+
+def _wrong_name(rng: random.Random, scene: Scene, names: Sequence[str]) -> str:
+    """The speaker's name, or one of `names` that shares its first or its last word with the right one."""
+    own = set(scene.name.split())
+    alike = [name for name in names if name != scene.name and own & set(name.split())]
+    return rng.choice(alike) if alike and rng.random() < 0.6 else scene.speaker
