@@ -78,7 +78,12 @@ def copy(source: Path, out: Path) -> None:
     out.mkdir()
     files = sorted(source.glob("*.safetensors"))
     subprocess.run(["cp", *map(str, files), str(out)], check=True)
-    for file in out.iterdir():
+    sync(out)
+
+
+def sync(folder: Path) -> None:
+    """fsync of each file."""
+    for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -138,10 +143,7 @@ def plain(source: Path, out: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True)
     model.save_pretrained(out)
-    for file in out.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(out)
 
 
 def verify(source: Path, out: Path) -> None:

@@ -39,17 +39,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from her_nemo.data import token_cache
-from her_nemo.data.miniature_files import WorldSizes, write_world
-from her_nemo.data.packing import packed_micro_batches
 from her_nemo.data.sources import read_rows
 from her_nemo.data.tokenise import Tokeniser
-from her_nemo.data.tokenizer import train_tokenizer
+
+# torch and transformers are imported where they are used: processes that encode import this file again.
 
 BATCH = 1000  # rows packed together, as in TRL
 
 
 def main() -> int:
     options = parse()
+    # Not in anybody's time.
+    import datasets  # noqa: F401
+    import torch  # noqa: F401
+
     with tempfile.TemporaryDirectory(prefix="her_nemo_bench_") as scratch:
         found = []
         for name, path in corpora(options, Path(scratch)).items():
@@ -78,6 +81,8 @@ def parse() -> argparse.Namespace:
 
 def corpora(options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
     """Files of SFT rows by name."""
+    from her_nemo.data.miniature_files import WorldSizes, write_world
+
     if options.data:
         return {options.data.stem: options.data}
     found: dict[str, Path] = {}
@@ -105,6 +110,8 @@ def repeat(sample: Path, out: Path, copies: int) -> None:
 
 
 def trained_tokenizer(path: Path, out: Path) -> Path:
+    from her_nemo.data.tokenizer import train_tokenizer
+
     rows, _ = read_rows(path, "sft")
     train_tokenizer((m["content"] for row in rows[:400] for m in row["messages"]), out, 8192)
     return out
@@ -115,6 +122,8 @@ def trained_tokenizer(path: Path, out: Path) -> Path:
 
 def ours(path: Path, tokenizer: Path, length: int, processes: int, work: Path) -> int:
     """Token cache, then packed micro-batches as tensors."""
+    from her_nemo.data.packing import packed_micro_batches
+
     tokeniser = Tokeniser(tokenizer)
     entry = token_cache.prepare(path, "sft", tokeniser, length, work, workers=processes)
     store: Any = token_cache.load(entry, path, length, False)

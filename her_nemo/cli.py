@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from her_nemo import __version__, launch
+from her_nemo.config import arguments
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, spoken
 from her_nemo.config.schema import STAGES, StageConfig
 
@@ -95,11 +96,11 @@ def _checked(stage: str, words: list[str]) -> StageConfig:
     from her_nemo.config import compose
     from her_nemo.planning import preflight
 
-    options, overrides = _options(words)
+    typed = arguments.parse(words)
     problems: list[Problem] = []
     try:
         notes: list[str] = []
-        config = compose.load(stage, overrides, options.get("--config-dir"), options.get("--config-name"), notes)
+        config = compose.load(stage, typed.overrides, **typed.options, notes=notes)
         if notes and int(os.environ.get("RANK", "0")) == 0 and not launch.is_launched():
             print("her-nemo: NeMo-Aligner keys:\n  " + "\n  ".join(notes), file=sys.stderr)
     except ConfigErrors as error:
@@ -110,27 +111,6 @@ def _checked(stage: str, words: list[str]) -> StageConfig:
     if problems:
         raise ConfigErrors(problems, stage=stage)
     return config
-
-
-def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split --config-dir and --config-name (with = or a space) from the overrides."""
-    options: dict[str, str] = {}
-    overrides: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if name in ("--config-dir", "--config-name"):
-            given = value if equals else next(remaining, None)
-            if not given:
-                raise UserError(f"{name} needs a value, e.g. {name}=DIR")
-            options[name] = given.removesuffix(".yaml") if name == "--config-name" else given
-        elif word.startswith("-"):
-            raise UserError(
-                f"no option {word!r}: an override has no dashes, e.g. trainer.devices=2 (see her-nemo --help)"
-            )
-        else:
-            overrides.append(word)
-    return options, overrides
 
 
 def _named(words: list[str], names: Sequence[str]) -> list[str]:

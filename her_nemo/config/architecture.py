@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from her_nemo.config.errors import UserError
 
 Shape = dict[str, int | float | bool]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many, how wide: what any dense model with grouped-query attention has. The vocabulary without padding."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+
 
 # transformers' Qwen3Config -> model.*; the names of RoPE's theta and of defaults are handled below.
 FROM_HF = {

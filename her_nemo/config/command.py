@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from her_nemo.config import compose, dialect, partial
+from her_nemo.config import arguments, compose, dialect, partial
 from her_nemo.config.errors import ConfigErrors, UserError, nearest
 from her_nemo.config.schema import STAGES, StageConfig
 
@@ -39,41 +39,19 @@ def main(words: list[str]) -> int:
         raise UserError(f"no verb {verb!r}: use show, diff or explain")
     if not rest:
         raise UserError(f"give a stage, e.g. her-nemo config {verb} sft")
-    options, overrides = _arguments(rest[1:])
-    as_json = options.pop("json", None) is not None
-    config, problems, _ = partial.load(rest[0], overrides, **options)
-    print((show if verb == "show" else diff)(rest[0], config, overrides, options, as_json=as_json))
+    typed = arguments.parse(rest[1:], "her-nemo config", flags=["--json"])
+    config, problems, _ = partial.load(rest[0], typed.overrides, **typed.options)
+    as_json = "json" in typed.flags
+    print(show(config, as_json=as_json) if verb == "show" else diff(rest[0], config, typed, as_json=as_json))
     if problems:
         raise ConfigErrors(problems, stage=rest[0])
     return 0
 
 
-def _arguments(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    options: dict[str, str] = {}
-    overrides: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if word == "--json":
-            options["json"] = "yes"
-        elif name in ("--config-dir", "--config-name"):
-            given = value if equals else next(remaining, "")
-            if not given:
-                raise UserError(f"{name} needs a value, e.g. {name}=DIR")
-            options[name.strip("-").replace("-", "_")] = given
-        elif word.startswith("-"):
-            raise UserError(f"no option {word!r} (see her-nemo config --help)")
-        else:
-            overrides.append(word)
-    return options, overrides
-
-
 # ---------------------------------------------------------------- show and diff
 
 
-def show(
-    stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool
-) -> str:
+def show(config: StageConfig, *, as_json: bool) -> str:
     """The whole configuration as YAML (or JSON)."""
     plain = config.model_dump()
     if as_json:
@@ -83,11 +61,9 @@ def show(
     return yaml.safe_dump(plain, sort_keys=False).rstrip()
 
 
-def diff(
-    stage: str, config: StageConfig, overrides: list[str], options: dict[str, str], *, as_json: bool
-) -> str:
+def diff(stage: str, config: StageConfig, typed: arguments.Arguments, *, as_json: bool) -> str:
     """Every key whose value is not its default: value, default, and the file, group or override that set it."""
-    who_set = compose.origins(stage, overrides, options.get("config_dir"), options.get("config_name"))
+    who_set = compose.origins(stage, typed.overrides, **typed.options)
     rows = []
     for key, info in leaves(STAGES[stage]):
         value, standard = _value(config, key), default(info)

@@ -22,6 +22,8 @@ from her_nemo.config.sections import (
     Shares,
     StageConfig,
     Tokenizer,
+    TopK,
+    TopP,
     Trainer,
     WeightedData,
     knob,
@@ -115,8 +117,8 @@ class SamplingParams(Section):
     """`model.ppo.sampling_params.*`."""
 
     temperature: PositiveFloat = knob(1.0, "Softmax temperature of rollouts.")
-    top_k: NonNegativeInt = knob(0, "Sample among the k likeliest tokens; 0 turns it off.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling; 1 turns it off.")
+    top_k: TopK = 0
+    top_p: TopP = 1.0
 
 
 class LengthParams(Section):
@@ -250,8 +252,8 @@ class EvaluateSampling(Section):
     """`sampling.*` of evaluate."""
 
     temperature: NonNegativeFloat = knob(1.0, "0 is greedy.")
-    top_k: NonNegativeInt = knob(0, "Sample among the k likeliest tokens; 0 turns it off.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling; 1 turns it off.")
+    top_k: TopK = 0
+    top_p: TopP = 1.0
     max_tokens: PositiveInt = knob(1024, "Longest reply, tokens.")
 
 

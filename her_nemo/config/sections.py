@@ -49,6 +49,8 @@ def _precision(value: Any) -> Any:
 
 Precision = Annotated[Literal["32", "bf16", "bf16-mixed"], BeforeValidator(_precision)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+TopK = Annotated[int, Field(ge=0, description="Sample among the k likeliest tokens; 0 turns it off.")]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, description="Nucleus sampling; 1 turns it off.")]
 
 
 # ---------------------------------------------------------------- trainer

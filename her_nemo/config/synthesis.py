@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from her_nemo.config.sections import Fraction, Section, StageConfig, knob, required
+from her_nemo.config.sections import Fraction, Section, StageConfig, TopP, knob, required
 
 SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles"]
 
@@ -15,7 +15,7 @@ class SynthesisSampling(Section):
     """`sampling.*`: how the model answers. Every key is part of the cache key."""
 
     temperature: NonNegativeFloat = knob(0.7, "0 is greedy.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling; 1 turns it off.")
+    top_p: TopP = 1.0
     max_tokens: PositiveInt = knob(8192, "Longest answer, tokens.")
     seed: NonNegativeInt | None = knob(
         None, "Seed sent with each request (plus the attempt); null sends none."

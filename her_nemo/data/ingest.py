@@ -245,7 +245,7 @@ def _bad_text(place: Place, item: Item) -> Rejected | None:
     try:
         check_texts(asdict(item))
     except Malformed as problem:
-        return Rejected(place, problem.kind, str(problem), _turns_of(item), _id_of(item))
+        return Rejected.of(place, problem, _turns_of(item), _id_of(item))
     return None
 
 

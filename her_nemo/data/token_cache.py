@@ -25,10 +25,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from her_nemo.config.errors import UserError
 from her_nemo.data.sources import RowKind, Span, conclude, read_span, spans
+from her_nemo.data.text_encoder import TextEncoder
 from her_nemo.data.token_store import META, TokenStore, merge_parts, write_part
 from her_nemo.data.tokenise import (
     CHAT_TEMPLATE,
@@ -44,7 +46,8 @@ from her_nemo.data.tokenise import (
 FORMAT = 1
 PACKAGE = Path(__file__).resolve().parents[1]
 ENCODERS: dict[str, Encoder[Any]] = {"sft": encode_sample, "pairs": encode_pair, "prompts": encode_prompt}
-SMALL_FILE = 8 << 20  # bytes; below this, starting processes takes longer than encoding
+ENCODING_FILES = ("sources", "text_encoder", "tokenise", "token_cache", "token_store")
+SMALL_FILE = 8 << 20  # bytes; below this, starting processes takes about as long as encoding
 TICK_SECONDS = 1.0
 Tick = Callable[[], None]
 
@@ -55,7 +58,6 @@ class Job:
 
     path: Path
     kind: RowKind
-    tokenizer: Path
     max_length: int
     parts: Path  # directory of the finished spans
 
@@ -86,7 +88,7 @@ def prepare(
     directory = Path(cache_dir) / f"{path.stem}-{name}"
     if (directory / META).is_file():
         return directory
-    job = Job(path, kind, tokeniser.directory, max_length, directory / "parts")
+    job = Job(path, kind, max_length, directory / "parts")
     try:
         job.parts.mkdir(parents=True, exist_ok=True)
         with _locked(directory, tick):
@@ -133,7 +135,7 @@ def made_of(tokeniser: Tokeniser, kind: RowKind, max_length: int) -> dict[str, A
 
 def code_digest(package: Path = PACKAGE) -> str:
     """SHA-256 of the source files that decide which tokens a row becomes: no version number to forget."""
-    files = [package / "data" / f"{name}.py" for name in ("sources", "tokenise", "token_cache", "token_store")]
+    files = [package / "data" / f"{name}.py" for name in ENCODING_FILES]
     files += sorted((package / "roleplay").rglob("*.py"))
     total = hashlib.sha256()
     for file in files:
@@ -195,11 +197,11 @@ def _encode(job: Job, tokeniser: Tokeniser, processes: int, tick: Tick) -> list[
                 encode_span(tokeniser, job, file, span)
                 advance(1)
         else:
-            _encode_in_processes(job, missing, min(processes, len(missing)), advance)
+            _encode_in_processes(job, tokeniser, missing, min(processes, len(missing)), advance)
     return files
 
 
-def encode_span(tokeniser: Tokeniser, job: Job, file: Path, span: Span) -> None:
+def encode_span(tokeniser: TextEncoder, job: Job, file: Path, span: Span) -> None:
     """Read, check and encode one span, and write its part."""
     rows, malformed = read_span(job.path, job.kind, span)
     items, report = encode_rows(ENCODERS[job.kind], tokeniser, rows, job.max_length)
@@ -207,11 +209,18 @@ def encode_span(tokeniser: Tokeniser, job: Job, file: Path, span: Span) -> None:
 
 
 def _encode_in_processes(
-    job: Job, missing: list[tuple[Path, Span]], processes: int, advance: Callable[[int], None]
+    job: Job,
+    tokeniser: TextEncoder,
+    missing: list[tuple[Path, Span]],
+    processes: int,
+    advance: Callable[[int], None],
 ) -> None:
     # Spawned, not forked: this process may hold CUDA, gloo's threads and the tokenizer's.
     pool = ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job, os.getpid())
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(job, tokeniser.backend, tokeniser.start_id, tokeniser.eos_id, os.getpid()),
     )
     try:
         pending: set[Future[None]] = {pool.submit(_work, file, span) for file, span in missing}
@@ -229,17 +238,17 @@ def _encode_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Tokeniser, Job] | None = None  # in a worker process: what its initializer made
+_worker: tuple[TextEncoder, Job] | None = None  # in a worker process: what its initializer made
 
 
-def _start_worker(job: Job, parent: int) -> None:
+def _start_worker(job: Job, backend: Tokenizer, start_id: int, end_id: int, parent: int) -> None:
     global _worker
     # Ctrl-C goes to the whole terminal group: the parent ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # The processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Tokeniser(job.tokenizer), job
+    _worker = TextEncoder(backend, start_id, end_id), job
 
 
 def _end_with(parent: int) -> None:

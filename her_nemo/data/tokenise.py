@@ -2,16 +2,10 @@
 
 Prompt and reply are encoded separately, as in serving, where the engine is given the prompt's ids and
 generates the reply's: so the tokens that are trained on and the tokens that are served are the same.
-
-The samples of one conversation repeat its system prompt and history, and those of one scene repeat parts of both. A
-control token ends what the tokenizer looks at, and so does the end of a line for Qwen's: a prompt's ids are those of
-its messages, and of their lines, end to end. Each is encoded once and remembered.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,29 +14,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
-from transformers import AutoTokenizer
 
 from her_nemo.config.errors import UserError
-from her_nemo.data.tokenizer import QWEN_SPLIT
-from her_nemo.roleplay.kinds import Kind
+from her_nemo.data.text_encoder import KIND_CODES as KIND_CODES
+from her_nemo.data.text_encoder import KIND_NAMES as KIND_NAMES
+from her_nemo.data.text_encoder import KIND_NONE as KIND_NONE
+from her_nemo.data.text_encoder import ROLE_ACTION as ROLE_ACTION
+from her_nemo.data.text_encoder import ROLE_THINKING as ROLE_THINKING
+from her_nemo.data.text_encoder import SPEECH as SPEECH
+from her_nemo.data.text_encoder import SYSTEM_THINKING as SYSTEM_THINKING
+from her_nemo.data.text_encoder import TextEncoder, char_kinds
 from her_nemo.roleplay.prompt import CHAT_TEMPLATE, Message, drop_oldest_turns
-from her_nemo.roleplay.turn import parse_turn
-
-KIND_NONE, SYSTEM_THINKING, ROLE_THINKING, ROLE_ACTION, SPEECH = range(5)
-KIND_CODES: Mapping[Kind, int] = {
-    Kind.SYSTEM_THINKING: SYSTEM_THINKING,
-    Kind.ROLE_THINKING: ROLE_THINKING,
-    Kind.ROLE_ACTION: ROLE_ACTION,
-    Kind.SPEECH: SPEECH,
-}
-KIND_NAMES: Mapping[int, str] = {code: kind.value for kind, code in KIND_CODES.items()}
 
 MESSAGE_START, MESSAGE_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-REMEMBERED = 4_000_000  # tokens of messages and lines kept for the next rows; then all are forgotten
-# Where Qwen's pre-tokenizer always begins anew: no match of its pattern goes on after a line break but to further white
-# space, none looks back, and NFC joins nothing to a line break. Fewer places than there are, so as to be certain.
-LINE_STARTS = re.compile(r"(?<=\n)(?=[0-9A-Za-z=*<])")
 PROBE: tuple[Message, ...] = (
     {"role": "system", "content": " You are\nAda.  "},
     {"role": "user", "content": "'s \u00e9 e\u0301\n\nB: 12"},
@@ -88,7 +72,7 @@ class Dropped:
     max_length: int
 
 
-class Tokeniser:
+class Tokeniser(TextEncoder):
     """A Hugging Face fast tokenizer with our chat template, whatever template its directory has."""
 
     def __init__(self, directory: str | Path) -> None:
@@ -101,6 +85,9 @@ class Tokeniser:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise UserError(f"tokenizer directory {self.directory} does not exist")
+        # Here, since transformers takes seconds to import and the processes that encode do without it.
+        from transformers import AutoTokenizer
+
         try:
             self.hf = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -112,74 +99,14 @@ class Tokeniser:
         if missing:
             raise UserError(f"{self.directory}: tokenizer without {', '.join(missing)}; Qwen3's has them")
         self.hf.chat_template = CHAT_TEMPLATE
-        self.eos_id: int = vocabulary[MESSAGE_END]
+        super().__init__(self.hf.backend_tokenizer, vocabulary[MESSAGE_START], vocabulary[MESSAGE_END])
         self.pad_id: int = vocabulary[TEXT_END]
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.backend = self.hf.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        start = vocabulary[MESSAGE_START]
-        self._start = np.array([start], dtype=np.int32)
-        self._end = np.array([self.eos_id, *self._plain("\n")], dtype=np.int32)
-        self._opening = np.array([start, *self._plain("assistant\n")], dtype=np.int32)
-        self._by_line = _ends_at_lines(self.backend)
-        self._messages: dict[tuple[str, str], NDArray[np.int32]] = {}
-        self._lines: dict[str, NDArray[np.int32]] = {}
-        self._replies: dict[str, tuple[NDArray[np.int32], NDArray[np.int8]]] = {}
-        self._remembered = 0
         if self.joined_prompt_ids(PROBE).tolist() != self.prompt_ids(PROBE):
             raise UserError(
                 f"{self.directory}: this tokenizer encodes a message differently for what stands before it; Qwen3's, "
                 "byte-level with <|im_start|> and <|im_end|> as special tokens, does not"
             )
-
-    def _plain(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def prefetch(self, messages: Iterable[Message], replies: Iterable[str] = ()) -> None:
-        """Encode messages and replies that will be asked for, each once and all together (parallel inside
-        `tokenizers` unless TOKENIZERS_PARALLELISM is false)."""
-        if self._remembered > REMEMBERED:
-            self._messages.clear()
-            self._lines.clear()
-            self._remembered = 0
-        self._replies.clear()
-        new = {(m["role"], m["content"]): None for m in messages if (m["role"], m["content"]) not in self._messages}
-        lines = {line: None for key in new for line in self._split(key) if line not in self._lines}
-        found = self.backend.encode_batch_fast(list(lines), add_special_tokens=False)
-        for line, encoding in zip(lines, found, strict=True):
-            self._lines[line] = np.array(encoding.ids, dtype=np.int32)
-        texts = list(dict.fromkeys(replies))
-        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            self._replies[text] = self._with_kinds(text, encoding)
-
-    def _split(self, key: tuple[str, str]) -> list[str]:
-        text = "\n".join(key)
-        return LINE_STARTS.split(text) if self._by_line else [text]
-
-    def _line_ids(self, line: str) -> NDArray[np.int32]:
-        known = self._lines.get(line)
-        if known is None:
-            known = self._lines[line] = np.array(self._plain(line), dtype=np.int32)
-        return known
-
-    def message_ids(self, message: Message) -> NDArray[np.int32]:
-        """One message as the chat template writes it, from <|im_start|> to the line break after <|im_end|>."""
-        key = (message["role"], message["content"])
-        known = self._messages.get(key)
-        if known is None:
-            known = np.concatenate([self._start, *map(self._line_ids, self._split(key)), self._end])
-            self._messages[key] = known
-            self._remembered += 2 * len(known)  # the lines are kept too
-        return known
-
-    def joined_prompt_ids(self, messages: Sequence[Message]) -> NDArray[np.int32]:
-        """`prompt_ids`, put together from remembered messages: the same ids (tested), some ten times as fast."""
-        return np.concatenate([*map(self.message_ids, messages), self._opening])
-
-    def joined_prompt_length(self, messages: Sequence[Message]) -> int:
-        """Tokens of `joined_prompt_ids`."""
-        return sum(len(self.message_ids(message)) for message in messages) + len(self._opening)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt as it is served: chat template and generation prompt. The reference for the joined one."""
@@ -191,23 +118,6 @@ class Tokeniser:
     def reply_ids(self, text: str) -> list[int]:
         """A reply with the <|im_end|> that ends it."""
         return [*self.hf.encode(text, add_special_tokens=False), self.eos_id]
-
-    def reply_with_kinds(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """`reply_ids` and the segment kind of each token.
-
-        A token that reaches over a border (`>King`) has the kind of its last character. Tags belong to their
-        segment; the name prefix and <|im_end|> are speech.
-        """
-        known = self._replies.get(text)
-        return known or self._with_kinds(text, self.backend.encode(text, add_special_tokens=False))
-
-    def _with_kinds(self, text: str, encoding: Encoding) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        ids = np.array([*encoding.ids, self.eos_id], dtype=np.int32)
-        kinds = np.full(len(ids), SPEECH, dtype=np.int8)
-        if len(ids) > 1:
-            start, end = np.array(encoding.offsets, dtype=np.int64).T
-            kinds[:-1] = char_kinds(text)[np.maximum(end - 1, start)]
-        return ids, kinds
 
     def kinds_of(self, ids: Sequence[int]) -> list[int]:
         """The segment kind of each token of a reply that was generated, not encoded: its ids may not be the ones
@@ -233,30 +143,7 @@ class Tokeniser:
         )
 
 
-def _ends_at_lines(backend: Tokenizer) -> bool:
-    """Whether LINE_STARTS holds for a tokenizer: the pattern, normaliser and added tokens are of Qwen's kind."""
-    split = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    normaliser = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {"type": "NFC"}
-    first, *rest = split.get("pretokenizers") or [{}]
-    bytes_only = [(part.get("type"), part.get("add_prefix_space"), part.get("use_regex")) for part in rest]
-    return (
-        first.get("pattern") == {"Regex": QWEN_SPLIT}
-        and (first.get("behavior"), first.get("invert")) == ("Isolated", False)
-        and bytes_only == [("ByteLevel", False, False)]
-        and normaliser == {"type": "NFC"}
-        and not any("\n" in t.content or t.lstrip or t.rstrip for t in backend.get_added_tokens_decoder().values())
-    )
-
-
-def char_kinds(text: str) -> NDArray[np.int8]:
-    """The kind of each character of a reply, by `parse_turn`."""
-    kinds = np.full(max(len(text), 1), SPEECH, dtype=np.int8)
-    for segment in parse_turn(text).segments:
-        kinds[segment.start : segment.end] = KIND_CODES[segment.kind]
-    return kinds
-
-
-def encode_sample(tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int) -> Sample | Dropped:
+def encode_sample(tokeniser: TextEncoder, row: Mapping[str, Any], max_length: int) -> Sample | Dropped:
     """A row of sources.read_jsonl(kind="sft"): prompt and trained reply in at most `max_length` tokens.
 
     An over-long conversation loses its oldest turns, never a part of the reply.
@@ -267,7 +154,7 @@ def encode_sample(tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int)
 
 
 def encode_pair(
-    tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int
+    tokeniser: TextEncoder, row: Mapping[str, Any], max_length: int
 ) -> tuple[Sample, Sample] | Dropped:
     """A row of kind "pairs": (chosen, rejected), both with the same prompt."""
     replies = [tokeniser.reply_with_kinds(row[key]) for key in ("chosen", "rejected")]
@@ -279,13 +166,13 @@ def encode_pair(
     return chosen, rejected
 
 
-def encode_prompt(tokeniser: Tokeniser, row: Mapping[str, Any], max_length: int) -> Prompt | Dropped:
+def encode_prompt(tokeniser: TextEncoder, row: Mapping[str, Any], max_length: int) -> Prompt | Dropped:
     """A row of kind "prompts" in at most `max_length` tokens (the reply's room is the caller's to keep)."""
     return _fit(tokeniser, row["trace_id"], row["messages"], 0, max_length)
 
 
 def _fit(
-    tokeniser: Tokeniser, trace_id: str, messages: Sequence[Message], reply_length: int, max_length: int
+    tokeniser: TextEncoder, trace_id: str, messages: Sequence[Message], reply_length: int, max_length: int
 ) -> Prompt | Dropped:
     if reply_length >= max_length:
         return Dropped(trace_id, "reply_too_long", reply_length, max_length)
@@ -344,11 +231,11 @@ class EncodeReport:
 
 
 Encoded = TypeVar("Encoded")
-Encoder = Callable[[Tokeniser, Mapping[str, Any], int], Encoded | Dropped]
+Encoder = Callable[[TextEncoder, Mapping[str, Any], int], Encoded | Dropped]
 
 
 def encode_rows(
-    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Sequence[Mapping[str, Any]], max_length: int
+    encoder: Encoder[Encoded], tokeniser: TextEncoder, rows: Sequence[Mapping[str, Any]], max_length: int
 ) -> tuple[list[Encoded], EncodeReport]:
     """Rows through `encode_sample`, `encode_pair` or `encode_prompt`, with the count of what was lost."""
     tokeniser.prefetch(*texts_to_encode(rows))
@@ -383,7 +270,7 @@ def texts_to_encode(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Message], l
 
 
 def encode_all(
-    encoder: Encoder[Encoded], tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], max_length: int
+    encoder: Encoder[Encoded], tokeniser: TextEncoder, rows: Iterable[Mapping[str, Any]], max_length: int
 ) -> tuple[list[Encoded], EncodeReport]:
     """All rows in memory at once; files go through `token_cache`.
 
@@ -410,7 +297,7 @@ def pack_text(ids_iter: Iterable[Sequence[int]], length: int) -> Iterator[NDArra
             del buffer[:length]
 
 
-def text_samples(tokeniser: Tokeniser, rows: Iterable[Mapping[str, Any]], length: int) -> list[Sample]:
+def text_samples(tokeniser: TextEncoder, rows: Iterable[Mapping[str, Any]], length: int) -> list[Sample]:
     """Rows of kind "text", packed: every token is trained, and none has a segment kind.
 
     Raises:

@@ -12,14 +12,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from her_nemo.data.text_encoder import QWEN_SPLIT
 from her_nemo.roleplay.prompt import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-# As in Qwen's tokenizer.json: contractions, words with at most one mark before them, digits, runs of marks.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:

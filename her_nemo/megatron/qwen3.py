@@ -18,6 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from her_nemo.config.architecture import Sizes
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform
 from her_nemo.megatron.attention import layer_spec
@@ -28,16 +29,9 @@ Head = Literal["lm", "scalar"]
 
 
 @dataclass(frozen=True)
-class Qwen3Shape:
-    """The sizes that define a dense Qwen3. Vocabulary size is the unpadded one of the tokenizer/embedding."""
+class Qwen3Shape(Sizes):
+    """What defines a dense Qwen3."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
     rotary_base: float = 1_000_000.0
     layernorm_epsilon: float = 1e-6
     tied: bool = True

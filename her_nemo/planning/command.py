@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from her_nemo.config import partial
+from her_nemo.config import arguments, partial
 from her_nemo.config.architecture import Shape as ArchitectureKeys
 from her_nemo.config.architecture import architecture_from_hf, architecture_from_megatron, megatron_manifest
 from her_nemo.config.errors import ConfigErrors, Problem, UserError
@@ -22,6 +22,7 @@ from her_nemo.planning import preflight, preflight_files, published, search, sta
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
+FLAGS = ("--json", "--search", "--strict")
 USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search] [--length TOKENS] [--strict]
        her-nemo plan --published
 
@@ -67,37 +68,25 @@ def main(words: list[str]) -> int:
     if words[0] == "--published":
         print(published.table())
         return 0
-    flags, length, options, overrides = _arguments(words[1:])
-    answer = answer_for(words[0], overrides, length=length, search_layouts="--search" in flags, **options)
-    if "--strict" in flags:
+    typed = arguments.parse(words[1:], "her-nemo plan", flags=FLAGS, options=["--length"])
+    options = dict(typed.options)
+    length = _positive(options.pop("length", None))
+    answer = answer_for(
+        words[0], typed.overrides, length=length, search_layouts="search" in typed.flags, **options
+    )
+    if "strict" in typed.flags:
         hint = "add {}=... to the command line"
         answer.problems += [Problem(key, MISSING, "", hint.format(key)) for key in answer.to_give]
-    print(json.dumps(as_json(answer), indent=1) if "--json" in flags else as_text(answer))
+    print(json.dumps(as_json(answer), indent=1) if "json" in typed.flags else as_text(answer))
     return answer.exit_code
 
 
-def _arguments(words: list[str]) -> tuple[set[str], float | None, dict[str, str], list[str]]:
-    flags: set[str] = set()
-    options: dict[str, str] = {}
-    overrides: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if word in ("--json", "--search", "--strict"):
-            flags.add(word)
-        elif name in ("--length", "--config-dir", "--config-name"):
-            given = value if equals else next(remaining, "")
-            if not given:
-                raise UserError(f"{name} needs a value")
-            options[name.strip("-").replace("-", "_")] = given
-        elif word.startswith("-"):
-            raise UserError(f"no option {word!r} (see her-nemo plan --help)")
-        else:
-            overrides.append(word)
-    length = options.pop("length", None)
-    if length is not None and not (length.isdigit() and int(length) > 0):
+def _positive(length: str | None) -> float | None:
+    if length is None:
+        return None
+    if not (length.isdigit() and int(length) > 0):
         raise UserError(f"--length {length}: give a whole number of tokens")
-    return flags, None if length is None else float(length), options, overrides
+    return float(length)
 
 
 def answer_for(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from her_nemo.config.architecture import Sizes
 
 Head = Literal["lm", "scalar"]
 
@@ -23,16 +25,9 @@ BUCKET_ELEMENTS_PER_REPLICA = 1_000_000
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Sizes):
     """The sizes of a dense model that its memory and time depend on. `gated`: SwiGLU (three matrices) or two."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
     tied: bool = False
     gated: bool = True
     qk_norm: bool = True
@@ -40,10 +35,8 @@ class Shape:
     @classmethod
     def from_architecture(cls, values: Mapping[str, Any]) -> Shape:
         """From the keys of `model.*` (config.schema.ARCHITECTURE_KEYS)."""
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "vocab_size")  # fmt: skip
         return cls(
-            **{name: int(values[name]) for name in sizes},
+            **{size.name: int(values[size.name]) for size in fields(Sizes)},
             tied=bool(values.get("share_embeddings_and_output_weights", False)),
         )
 

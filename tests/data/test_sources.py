@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from her_nemo.config.errors import UserError
-from her_nemo.data.sources import read_jsonl
-
-HER = Path(__file__).resolve().parents[3] / "shared/data/her"
+from her_nemo.data.sources import read_jsonl, read_rows, read_span, spans
 
 
 def messages(*roles: str) -> list[dict[str, str]]:
@@ -115,7 +113,38 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         read_jsonl(write(tmp_path / "e.jsonl", b"{"), "sft", skip_malformed=True)
 
 
-@pytest.mark.skipif(not HER.exists(), reason="shared sample data not here")
-def test_her_files_are_good() -> None:
-    assert len(read_jsonl(HER / "sft_single_turn_sample.jsonl", "sft")[0]) == 95
-    assert len(read_jsonl(HER / "sft_multi_turn_sample.jsonl", "sft")[0]) == 29
+def test_her_files_are_good(shared_data: Path) -> None:
+    assert len(read_jsonl(shared_data / "her" / "sft_single_turn_sample.jsonl", "sft")[0]) == 95
+    assert len(read_jsonl(shared_data / "her" / "sft_multi_turn_sample.jsonl", "sft")[0]) == 29
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 256])
+def test_spans_read_one_after_the_other_are_the_file(tmp_path: Path, size: int) -> None:
+    """Whatever stands between rows: blank lines, lone carriage returns, no line break at the end."""
+    lines = [json.dumps(sft(), ensure_ascii=False).encode() for _ in range(5)]
+    blob = lines[0] + b"\n\n" + lines[1] + b"\r\n" + b"{\r}\n" + lines[2] + b"\n \n" + lines[3] + b"\nx\n" + lines[4]
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(blob)
+    parts = [read_span(file, "sft", span) for span in spans(file, size)]
+    assert sum(len(rows) for rows, _ in parts) == 5
+    problems = [problem.split(":")[1] for _, report in parts for problem in report.problems]
+    assert problems == ["4", "8"]
+    assert sum(report.lines for _, report in parts) == 7
+
+
+def test_parquet_rows_are_checked_and_named(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    good = [{**sft(), "extra": number} for number in range(7)]
+    bad = {**sft(*"su"), "extra": 9}
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([*good[:4], bad, *good[4:]]), file, row_group_size=3)
+    with pytest.raises(UserError, match=r"1 of 8 lines malformed[^.]*\n.*x.parquet:5: role_order"):
+        read_rows(file, "sft")
+    rows, report = read_rows(file, "sft", skip_malformed=True)
+    assert [row["extra"] for row in rows] == list(range(7))
+    assert report.kinds == {"role_order": 1}
+    (tmp_path / "y.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"y.parquet as Parquet"):
+        read_rows(tmp_path / "y.parquet", "sft")

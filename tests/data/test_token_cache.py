@@ -257,3 +257,15 @@ def test_damaged_or_missing_entries_are_refused(tokeniser: Tokeniser, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write token cache.*cache_dir"):
         token_cache.prepare(path, "sft", tokeniser, 200, tmp_path / "file")
+
+
+def test_processes_that_encode_import_no_framework() -> None:
+    """What a spawned process imports: the program that started it, and the module of the function it is handed."""
+    program = (
+        "import sys, her_nemo.__main__, her_nemo.data.token_cache\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'megatron.core', 'vllm'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from qwen3_reference import BETAS, CLIP, EPS, LR, STEPS, TEMPERATURE, VOCAB, WEIGHT_DECAY
 from safetensors.torch import load_file
 
+from her_nemo.config.errors import UserError
 from her_nemo.megatron import forward, optimizer, parallel, qwen3, state, weights
 
 
@@ -258,6 +259,28 @@ def not_finite(args: dict) -> dict:
     except FloatingPointError as error:
         return {"raised": str(error)}
     return {"raised": ""}
+
+
+def on_main(args: dict) -> dict:
+    """Work of the main rank: its result and its error reach all, and the others are told that it goes on."""
+    start({})
+    parallel.ALIVE_SECONDS = 0.0
+
+    def work(alive) -> int:
+        assert parallel.is_main()
+        for _ in range(3):
+            alive()
+        return 7
+
+    def fail(alive) -> None:
+        raise UserError("no such file")
+
+    found = parallel.on_main(work)
+    try:
+        parallel.on_main(fail)
+    except UserError as error:
+        return {"found": found, "raised": str(error)}
+    return {"found": found, "raised": ""}
 
 
 def bf16(args: dict) -> dict:

@@ -77,6 +77,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all() -> None:
 
 
 @pytest.mark.parallel
+def test_what_the_main_rank_does_reaches_all() -> None:
+    assert run(2, f"{CHECKS}:on_main") == [{"found": 7, "raised": "no such file"}] * 2
+
+
+@pytest.mark.parallel
 def test_bf16_trains_at_every_layout(reference: Path) -> None:
     layouts = [{"name": "tp2", "tensor": 2}, {"name": "pp2", "pipeline": 2}, {"name": "dist", "distributed": True}]
     for rank in run(2, f"{CHECKS}:bf16", {"directory": str(reference), "layouts": layouts}):

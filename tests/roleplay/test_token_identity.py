@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, Qwen3Config
+from tiny_qwen3 import tiny_config
+from transformers import AutoTokenizer
 
 from her_nemo.data.tokenise import Tokeniser
 from her_nemo.data.tokenizer import train_tokenizer
@@ -82,18 +83,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = WITH_THINK_BLOCK
     tokenizer.save_pretrained(given)
     Tokeniser(given).hf.save_pretrained(out)
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=4096,
-        architectures=["Qwen3ForCausalLM"],
-    )
-    config.save_pretrained(out)
+    tiny_config(max_position_embeddings=4096, architectures=["Qwen3ForCausalLM"]).save_pretrained(out)
     return out
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_qwen3 import tiny_model
+from transformers import Qwen3ForCausalLM
 
 from her_nemo.config.errors import UserError
 from her_nemo.rollout.engine import Rollout, Sampling
@@ -27,23 +28,11 @@ PROMPTS = [
 
 
 def make_model(out: Path, seed: int, *, tied: bool = True, head_dim: int = 32) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        tie_word_embeddings=tied,
-        max_position_embeddings=128,
-        initializer_range=0.05,
-        eos_token_id=EOS,
+    return tiny_model(
+        out, seed=seed, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=128,
+        initializer_range=0.05, eos_token_id=EOS,
     )
-    model = Qwen3ForCausalLM(config).float().eval()
-    model.save_pretrained(out)
-    return model
 
 
 def hf_log_probs(model: Qwen3ForCausalLM, prompt: list[int], reply: list[int], temperature: float):

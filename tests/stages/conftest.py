@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tiny_qwen3 import tiny_model
 
     from her_nemo.data.miniature_files import WorldSizes, write_world
     from her_nemo.data.tokenise import Tokeniser
@@ -32,16 +31,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     )
     write_world(home / "world", 0, sizes)
     tokeniser = Tokeniser(home / "world" / "tokenizer")
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=tokeniser.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
-            max_position_embeddings=512, eos_token_id=tokeniser.eos_id, pad_token_id=tokeniser.pad_id,
-        )
+    tiny_model(
+        home / "hf", tokenizer=tokeniser.hf, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
     )
-    model.save_pretrained(home / "hf")
-    tokeniser.hf.save_pretrained(home / "hf")
     return Place(home / "world", home / "hf")
 
 

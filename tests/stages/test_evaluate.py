@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_qwen3 import tiny_model
 
 from her_nemo.config.errors import UserError
 from her_nemo.data.miniature_files import WorldSizes, write_world
@@ -32,21 +31,7 @@ def model(world: Path, tmp_path_factory) -> Path:
     """A random model with the world's tokenizer."""
     out = tmp_path_factory.mktemp("model")
     tokeniser = Tokeniser(world / "tokenizer")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=tokeniser.vocab_size,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-        eos_token_id=tokeniser.eos_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(out)
-    tokeniser.hf.save_pretrained(out)
+    tiny_model(out, tokenizer=tokeniser.hf)
     return out
 
 

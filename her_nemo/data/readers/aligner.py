@@ -53,8 +53,7 @@ def read_sft(row: RawRow, options: ReadOptions) -> Read:
     try:
         value = fields.mapping(row.value, "the row")
         messages = _chat(value) if "conversations" in value else _completion(value)
-        number = row.place.pointer[-1] if row.place.pointer else (row.place.line or 1) - 1
-        name = fields.optional_text(value, "trace_id", "id") or f"{Path(row.place.file).stem}_{number}"
+        name = fields.optional_text(value, "trace_id", "id") or row.place.row_name
         dialect = options.dialect or Dialect.HER
         yield row.place, View(
             original_trace_id=name,
@@ -66,7 +65,7 @@ def read_sft(row: RawRow, options: ReadOptions) -> Read:
             dialect=dialect,
         )
     except Malformed as problem:
-        yield Rejected(row.place, problem.kind, str(problem), count_sft(row.value), row.value)
+        yield Rejected.of(row.place, problem, count_sft(row.value), row.value)
 
 
 def _completion(value: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -129,7 +128,7 @@ def read_rm(row: RawRow, options: ReadOptions) -> Read:
             conversation_id=name,
         )
     except Malformed as problem:
-        yield Rejected(row.place, problem.kind, str(problem), count_rm(row.value), row.value)
+        yield Rejected.of(row.place, problem, count_rm(row.value), row.value)
 
 
 # Three ways to write a chat as one text: ChatML, NeMo's <extra_id_..>, and Anthropic's Human and Assistant.

@@ -43,7 +43,7 @@ def read_book(row: RawRow, options: ReadOptions) -> Read:
         book = fields.mapping(row.value, "a book")
         plots = fields.field(book, "plots", list)
     except Malformed as problem:
-        yield Rejected(row.place, problem.kind, str(problem), 0, row.value)
+        yield Rejected.of(row.place, problem, 0, row.value)
         return
     name = options.book or _book_name(book, row.place)
     profiles = _book_profiles(book.get("character_datasets"))
@@ -136,7 +136,7 @@ def read_test_case(row: RawRow, options: ReadOptions) -> Read:
 def rejected(place: Place, problem: Malformed, conversation: Any) -> Rejected:
     """A conversation that cannot be used, with all its turns."""
     turns = fields.length(conversation.get("dialogues")) if isinstance(conversation, dict) else 0
-    return Rejected(place, problem.kind, str(problem), turns, conversation)
+    return Rejected.of(place, problem, turns, conversation)
 
 
 def _list(value: Any) -> list[Any]:

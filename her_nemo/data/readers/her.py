@@ -10,12 +10,12 @@ from her_nemo.data.readers import fields
 from her_nemo.data.readers.coser import Cast, rejected, trace_id, turn_of
 from her_nemo.data.readers.items import Read, ReadOptions, View
 from her_nemo.data.readers.messages import (
-    assistant_indices,
     character_of,
     checked_messages,
     rejected_view,
+    reply_indices,
 )
-from her_nemo.data.readers.rows import Malformed, Place, RawRow, Rejected
+from her_nemo.data.readers.rows import Malformed, RawRow, Rejected
 from her_nemo.data.records import Character, Conversation
 from her_nemo.roleplay.dialects import Dialect
 from her_nemo.roleplay.names import normalise_name
@@ -54,7 +54,7 @@ def read_full(row: RawRow, options: ReadOptions) -> Read:
         datasets = datasets if isinstance(datasets, dict) else {}
         book = options.book or fields.optional_text(full, "book_name", "book") or _book_of(datasets)
     except Malformed as problem:
-        yield Rejected(row.place, problem.kind, str(problem), count_full(row.value), row.value)
+        yield Rejected.of(row.place, problem, count_full(row.value), row.value)
         return
     for number, conversation in enumerate(conversations):
         where = row.place.down("conversation", number)
@@ -192,7 +192,6 @@ def read_single(row: RawRow, options: ReadOptions) -> Read:
         original = fields.text(value, "original_trace_id")
         yield row.place, _view(
             value,
-            row.place,
             options,
             source="her_single_turn",
             original=original,
@@ -208,14 +207,13 @@ def read_multi(row: RawRow, options: ReadOptions) -> Read:
     try:
         value = fields.mapping(row.value, "the row")
         original = fields.text(value, "trace_id")
-        yield row.place, _view(value, row.place, options, source="her_multi_turn", original=original)
+        yield row.place, _view(value, options, source="her_multi_turn", original=original)
     except Malformed as problem:
         yield rejected_view(row, problem)
 
 
 def _view(
     value: Mapping[str, Any],
-    place: Place,
     options: ReadOptions,
     *,
     source: str,
@@ -235,9 +233,7 @@ def _view(
     name = name or character_of(messages, dialect)
     conversation = original.removesuffix(f"_{name}") if name else original
     numbers = _NUMBERS.search(conversation)
-    trained = assistant_indices(messages)
-    if not trained:
-        raise Malformed("no_reply", "no assistant message")
+    trained = reply_indices(messages)
     if source == "her_single_turn" and messages[-1]["role"] != "assistant":
         raise Malformed("role_order", f"the last message is the {messages[-1]['role']}'s, not the assistant's")
     return View(

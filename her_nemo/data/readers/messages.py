@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from her_nemo.data.readers import fields
@@ -95,11 +94,8 @@ def _view_of(
 ) -> View:
     dialect = options.dialect or native
     name = name or character_of(messages, dialect)
-    if not assistant_indices(messages):
-        raise Malformed("no_reply", "no assistant message")
-    given = fields.optional_text(value, "trace_id", "id", "conversation_id")
-    stem = f"{Path(place.file).stem}_{place.pointer[-1] if place.pointer else (place.line or 1) - 1}"
-    original = given or stem
+    reply_indices(messages)
+    original = fields.optional_text(value, "trace_id", "id", "conversation_id") or place.row_name
     book = options.book or fields.optional_text(value, "book", "book_name") or _book_in(messages, name)
     return View(
         original_trace_id=original,
@@ -142,6 +138,14 @@ def assistant_indices(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
+def reply_indices(messages: Sequence[Message]) -> list[int]:
+    """`assistant_indices` of a view that samples are to be made of. Malformed if there are none."""
+    found = assistant_indices(messages)
+    if not found:
+        raise Malformed("no_reply", "no assistant message")
+    return found
+
+
 def character_of(messages: Sequence[Message], dialect: Dialect) -> str | None:
     """Who the assistant is: the name in front of most of its messages; None when they have none."""
     names: Counter[str] = Counter()
@@ -167,4 +171,4 @@ def _book_in(messages: Sequence[Message], name: str | None) -> str:
 
 def rejected_view(row: RawRow, problem: Malformed) -> Rejected:
     """A row of messages that cannot be used, with all its assistant messages."""
-    return Rejected(row.place, problem.kind, str(problem), count_messages(row.value), row.value)
+    return Rejected.of(row.place, problem, count_messages(row.value), row.value)

@@ -35,6 +35,12 @@ class Place:
         text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.pointer)
         return text.removeprefix(".")
 
+    @property
+    def row_name(self) -> str:
+        """A name for a row that brings none: the file's and the row's number, from 0."""
+        number = self.pointer[-1] if self.pointer else (self.line or 1) - 1
+        return f"{Path(self.file).stem}_{number}"
+
     def line_number(self) -> int | None:
         """The line; in a JSON document, of the value's first character (the file is read again for it)."""
         if self.line is not None or not self.file.endswith(".json"):
@@ -51,6 +57,14 @@ class RawRow:
     value: Any
 
 
+class Malformed(Exception):
+    """Raised by readers inside one item: its kind (what is counted) and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class Rejected:
     """Something that cannot be used: what and why. `turns`: how many turns are lost with it."""
@@ -61,13 +75,10 @@ class Rejected:
     turns: int
     value: Any
 
-
-class Malformed(Exception):
-    """Raised by readers inside one item: its kind (what is counted) and a sentence."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    @classmethod
+    def of(cls, place: Place, problem: Malformed, turns: int, value: Any) -> Rejected:
+        """What a reader stumbled over."""
+        return cls(place, problem.kind, str(problem), turns, value)
 
 
 def raw_rows(path: str, config: str | None = None, split: str | None = None) -> Iterator[RawRow | Rejected]:

@@ -33,29 +33,16 @@ LENGTH = 8192
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of about half a million parameters over a byte-level tokenizer."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tiny_qwen3 import tiny_model
 
     from her_nemo.data.tokenizer import train_tokenizer
 
     out = tmp_path_factory.mktemp("model")
     text = json.dumps(samples.small().to_row())
     tokenizer = train_tokenizer([text, *map(str, range(100))], out, 512)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=True,
-        max_position_embeddings=LENGTH,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    tiny_model(
+        out, tokenizer=tokenizer, vocab_size=512, hidden_size=256, intermediate_size=256, max_position_embeddings=LENGTH
     )
-    Qwen3ForCausalLM(config).float().save_pretrained(out)
     return out
 
 
