@@ -54,6 +54,7 @@ def set_up(cfg: SftConfig | RewardConfig, loop: Loop, here: Run, *, kind: RowKin
         head=head,
         clip_grad=loop.gradient_clip_val,
         max_steps=last,
+        peft=getattr(model, "peft", None),
     )
     return Supervised(tokeniser, train, valid, order, learner, last)
 
