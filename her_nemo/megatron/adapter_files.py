@@ -131,10 +131,12 @@ class MergedTensors:
 
 
 class MegatronRows:
-    """Base and adapters as megatron-core's tensors by key and layer, the adapters read without the map."""
+    """Base and adapters (rounded to `dtype`) as megatron-core's tensors, the adapters read without the map."""
 
-    def __init__(self, base: NamedTensors, adapters: AdapterTensors, shape: Qwen3Shape, head: Head) -> None:
-        self._base, self._adapters, self._shape = base, adapters, shape
+    def __init__(
+        self, base: NamedTensors, adapters: AdapterTensors, shape: Qwen3Shape, head: Head, dtype: torch.dtype
+    ) -> None:
+        self._base, self._adapters, self._shape, self._dtype = base, adapters, shape, dtype
         self._wholes = {(whole.key, whole.layer): whole for whole in wholes(shape, head)}
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -150,6 +152,7 @@ class MegatronRows:
         if layer is None or target not in self._adapters.lora.targets:
             return rows
         a, b = self._adapters.a(target, layer), self._adapters.b(target, layer, start, stop)
+        a, b = a.to(self._dtype), b.to(self._dtype)
         return rows.float() + (b.float() @ a.float()) * self._adapters.lora.scale
 
     def close(self) -> None:

@@ -118,6 +118,8 @@ class NamedTensors(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 
+    def close(self) -> None: ...
+
 
 @torch.no_grad()
 def load_tensors(model: Model, held: NamedTensors) -> None:

@@ -11,15 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from her_nemo.config import lora as adapter_config
 from her_nemo.config.errors import UserError
 from her_nemo.config.lora import Lora
 from her_nemo.megatron import qwen3, state, weights
-from her_nemo.megatron.adapter_files import AdapterTensors, MergedTensors, sampled_digest
+from her_nemo.megatron.adapter_files import AdapterTensors, MegatronRows, MergedTensors, sampled_digest
 from her_nemo.megatron.conversion import source_identity
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
 from her_nemo.megatron.safetensors_files import HfTensors
+from her_nemo.megatron.single_layer import LayerRows
 from her_nemo.megatron.streaming import MegatronTensors, Tensors
+from her_nemo.megatron.torch_dist import TorchDist
 from her_nemo.training import checkpoint
 
 
@@ -51,6 +55,13 @@ class ModelSource:
         """The adapters of a LoRA checkpoint."""
         assert self.lora is not None
         return AdapterTensors(self.path / self.part, self.shape, self.head, self.lora)
+
+    def megatron_rows(self, adapter_dtype: torch.dtype = torch.float32) -> LayerRows:
+        """A checkpoint's weights under megatron-core's names, read in rows. Adapters are rounded to `adapter_dtype`."""
+        if self.lora is None:
+            return TorchDist(self.path / self.part)
+        assert self.base is not None
+        return MegatronRows(self.base.tensors(), self.adapters(), self.shape, self.head, adapter_dtype)
 
     def tensors(self) -> Tensors | MergedTensors:
         """The weights under their Hugging Face names, read lazily in rows, checked for names and shapes."""

@@ -1,4 +1,4 @@
-"""LoRA in one process: the model starts as its base, only adapters learn, and merging is the function that was trained."""
+"""LoRA in one process: it starts as its base, only adapters learn, and the merged model is the one that was trained."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_a_checkpoint_holds_adapters_alone_and_fits_only_them(hf_dir: Path, tmp_
     model = trained(hf_dir)
     state.save(tmp_path / "it", model)
     held = TorchDist(tmp_path / "it")
-    assert held.keys() and all("_lora.lora_" in key for key in held.keys())
+    keys = held.keys()
+    assert len(keys) == 8
+    assert all("_lora.lora_" in key for key in keys)
     assert held.shape("decoder.layers.mlp.linear_fc1_lora.lora_b") == (2, 160, 4)
     again = build(hf_dir)
     state.load(tmp_path / "it", again)
