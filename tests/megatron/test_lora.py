@@ -71,8 +71,8 @@ def test_only_adapters_learn_and_only_they_have_states(hf_dir: Path) -> None:
         # B is zero at first, so the first step gives A no gradient.
         moved = name.endswith("lora_b")
         assert torch.equal(value, before[name]) != moved, name
-    learned = train(model, 12)
-    assert learned[-1] < learned[0] - 0.1
+    learned = train(model, 31)
+    assert learned[30] < learned[0] - 0.05
 
 
 @pytest.mark.parametrize("targets", [("attention_qkv",), ("attention_dense",), ("mlp_fc1",), ("mlp_fc2",), ("all",)])
@@ -107,7 +107,7 @@ def test_dropout_is_for_learning_only(hf_dir: Path) -> None:
     assert first != second
     said = [forward.evaluate(model, [batch], nll)[0]["loss_sum"] for _ in range(2)]
     assert said[0] == said[1]
-    assert said[0] == -forward.log_probs(model, [batch])[0].sum()
+    assert float(said[0]) == pytest.approx(-float(forward.log_probs(model, [batch])[0].sum()), rel=1e-6)
 
 
 def test_transformer_engines_fused_norm_is_applied_to_the_adapters_input(hf_dir: Path) -> None:
