@@ -74,8 +74,8 @@ CHANGES: tuple[Change, ...] = (
         _TORCH_USERS,
     ),
     Change(
-        "`_get_cuda_rng_state` and `_set_cuda_rng_state` read and write the CPU generator; the warning that it moved is "
-        "not logged",
+        "`_get_cuda_rng_state` and `_set_cuda_rng_state` read and write the CPU generator; the warning that it moved "
+        "is not logged",
         "the tensor-parallel RNG tracker and activation recomputation go through CUDA's generators",
         (_CORE + "tensor_parallel.random",),
     ),

@@ -152,7 +152,8 @@ def test_lora_is_read_as_nemo_aligner_writes_it(tmp_path: Path) -> None:
     assert isinstance(config, SftConfig)
     assert config.model.peft.lora() == Lora(("linear_fc1", "linear_fc2"), rank=16, alpha=16.0)
     tuning = "model.peft.lora_tuning"
-    given = [f"{tuning}.target_modules=[attention_dense,qkv]", f"{tuning}.adapter_dim=0", f"{tuning}.adapter_dropout=1.0"]
+    wrong = ("target_modules=[attention_dense,qkv]", "adapter_dim=0", "adapter_dropout=1.0")
+    given = [f"{tuning}.{override}" for override in wrong]
     with pytest.raises(ConfigErrors) as caught:
         compose.load("sft", given, tmp_path, "mine")
     found = {problem.key: str(problem) for problem in caught.value.problems}
