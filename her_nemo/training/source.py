@@ -20,6 +20,7 @@ from her_nemo.megatron import qwen3, state, weights
 from her_nemo.megatron.adapter_files import AdapterTensors, MegatronRows, MergedTensors, sampled_digest
 from her_nemo.megatron.conversion import source_identity
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
+from her_nemo.megatron.qwen3_map import hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors
 from her_nemo.megatron.single_layer import LayerRows
 from her_nemo.megatron.streaming import MegatronTensors, Tensors
@@ -86,7 +87,7 @@ def digest(source: ModelSource) -> str:
     """What tells the weights of a source from others, wherever they lie (see `sampled_digest`)."""
     tensors = source.tensors()
     try:
-        return sampled_digest(tensors)
+        return sampled_digest(tensors, hf_shapes(source.shape, source.head))
     finally:
         tensors.close()
 
