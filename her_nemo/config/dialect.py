@@ -120,6 +120,8 @@ _drop("FP8 is not built", "model.fp8", accepts=OFF)
 # Of stages without adapters (the reward model, the critic); SFT and PPO have these keys themselves.
 _drop(NO_LORA, "model.peft.peft_scheme", accepts=(None, "none"))
 _LORA = "model.peft.lora_tuning."
+_drop(NO_LORA, "model.peft.restore_from_path")
+_drop(NO_LORA, "target_modules adapter_dim adapter_dropout alpha", under=_LORA)
 _drop("A is drawn by Xavier's normal rule", "column_init_method", under=_LORA, accepts=("xavier",))
 _drop("B starts at zero, so that the model starts as its base", "row_init_method", under=_LORA, accepts=("zero",))
 _drop("every layer gets adapters", "layer_selection", under=_LORA, accepts=(None, []))
@@ -212,7 +214,6 @@ SECTIONS = {
     "model.peft.adapter_tuning": ONLY_LORA,
     "model.peft.ia3_tuning": ONLY_LORA,
     "model.peft.selective_tuning": ONLY_LORA,
-    "model.peft": NO_LORA,
     "model.regression": "the reward model is Bradley-Terry",
     "model.inference": "her-nemo evaluate has its own keys",
     "model.nsys_profile": "profiling is not built",

@@ -110,7 +110,8 @@ def test_what_a_key_is_translated_to_exists() -> None:
     ours = {key for schema in STAGES.values() for key, _ in compose.known_keys(schema)}
     assert set(dialect.TRANSLATED.values()) <= ours
     # The reward model has no adapters: there the key is refused.
-    assert not set(dialect.KEYS) & (ours - {"trainer.sft.limit_train_batches", "model.peft.peft_scheme"})
+    both = set(dialect.KEYS) & (ours - {"trainer.sft.limit_train_batches"})
+    assert all(key.startswith("model.peft.") for key in both), both
 
 
 def test_a_file_of_theirs_runs_and_everything_is_said(tmp_path: Path) -> None:
@@ -159,6 +160,8 @@ def test_lora_is_read_as_nemo_aligner_writes_it(tmp_path: Path) -> None:
     found = {problem.key: str(problem) for problem in caught.value.problems}
     assert set(found) == {f"{tuning}.target_modules", f"{tuning}.adapter_dim", f"{tuning}.adapter_dropout"}
     assert "'attention_qkv'" in found[f"{tuning}.target_modules"]
+    with pytest.raises(ConfigErrors, match="did you mean model.peft.lora_tuning.adapter_dim"):
+        compose.load("sft", [f"{tuning}.adapter_dm=8"], tmp_path, "mine")
     with pytest.raises(ConfigErrors, match="this stage trains all weights"):
         compose.load("reward", ["model.restore_from_path=/b", "model.data.train_ds.file_path=/t",
                                 "model.peft.peft_scheme=lora"])  # fmt: skip
