@@ -43,7 +43,8 @@ NO_TRT = "TensorRT-LLM is not used: the actor itself generates"
 KERNELS = "which kernels run is decided by what is installed (Transformer Engine or plain torch)"
 ROWS = "rows are conversations in docs/data.md's form, written out with one template"
 NEWEST = "the newest save_top_k checkpoints are kept, each a directory of its own"
-NO_LORA = "all weights are trained; parameter-efficient tuning is not built"
+NO_LORA = "this stage trains all weights"
+ONLY_LORA = "of the parameter-efficient schemes LoRA is built"
 LOOPS = ("sft", "rm", "ppo")
 
 TRANSLATED = {
@@ -116,7 +117,16 @@ _drop(
     accepts=(0.0, 0, None),
 )
 _drop("FP8 is not built", "model.fp8", accepts=OFF)
+# Of stages without adapters (the reward model, the critic); SFT and PPO have these keys themselves.
 _drop(NO_LORA, "model.peft.peft_scheme", accepts=(None, "none"))
+_LORA = "model.peft.lora_tuning."
+_drop(NO_LORA, "model.peft.restore_from_path")
+_drop(NO_LORA, "target_modules adapter_dim adapter_dropout alpha", under=_LORA)
+_drop("A is drawn by Xavier's normal rule", "column_init_method", under=_LORA, accepts=("xavier",))
+_drop("B starts at zero, so that the model starts as its base", "row_init_method", under=_LORA, accepts=("zero",))
+_drop("every layer gets adapters", "layer_selection", under=_LORA, accepts=(None, []))
+_drop("every layer has adapters of its own", "weight_tying", under=_LORA, accepts=OFF)
+_drop("every layer has adapters of its own", "position_embedding_strategy", under=_LORA, accepts=(None,))
 _drop(
     ROWS,
     "chat chat_prompt_tokens sample data_impl splits_string index_mapping_dir skip_warmup reset_position_ids "
@@ -200,7 +210,10 @@ SECTIONS = {
     "trainer.ppo.trt_llm": NO_TRT,
     "trainer.ppo.batch_iterator": "every replica takes an equal share of each rollout",
     "remote_critic_rm": ONE_JOB,
-    "model.peft": NO_LORA,
+    "model.peft.p_tuning": ONLY_LORA,
+    "model.peft.adapter_tuning": ONLY_LORA,
+    "model.peft.ia3_tuning": ONLY_LORA,
+    "model.peft.selective_tuning": ONLY_LORA,
     "model.regression": "the reward model is Bradley-Terry",
     "model.inference": "her-nemo evaluate has its own keys",
     "model.nsys_profile": "profiling is not built",

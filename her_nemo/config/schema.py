@@ -13,6 +13,7 @@ from her_nemo.config.sections import (
     Data,
     ExpManager,
     OptimConfig,
+    Peft,
     PpoTrainer,
     PretrainedCheckpoint,
     RewardTrainer,
@@ -108,6 +109,7 @@ class SftModel(ModelConfig):
     """`model.*` of SFT."""
 
     data: SftData
+    peft: Peft = Peft()
 
 
 # ---------------------------------------------------------------- PPO
@@ -149,6 +151,7 @@ class PpoModel(ModelConfig):
     """`model.*` of PPO: the actor. The critic and the reward model share its layout and batch sizes."""
 
     data: WeightedData
+    peft: Peft = Peft()
     ppo: PpoParams = PpoParams()
 
 
@@ -229,6 +232,12 @@ class ExportConfig(StageConfig):
         None, "Tokenizer directory to copy in; null takes the one beside the checkpoint."
     )
     part: str = knob("model", "Which model of the checkpoint: PPO's also hold a critic.")
+    lora: Literal["merged", "adapter"] = knob(
+        "merged", "Of a LoRA checkpoint: merged into the weights, or a PEFT adapter directory."
+    )
+    base: str | None = knob(
+        None, "Of a LoRA checkpoint: where its base model lies now; null takes where it lay in training."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = knob("bfloat16", "Number format of the written weights.")
     shard_bytes: PositiveInt = knob(5_000_000_000, "Largest safetensors file, bytes.")
     proof: Literal["auto", "full", "layers"] = knob(

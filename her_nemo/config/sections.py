@@ -15,9 +15,12 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
+
+from her_nemo.config.lora import Lora, expand
 
 
 class Section(BaseModel):
@@ -167,6 +170,48 @@ class OptimConfig(Section):
         [0.9, 0.98], "Adam's two betas."
     )
     sched: Sched = Sched()
+
+
+# ---------------------------------------------------------------- adapters
+
+LoraTarget = Literal["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"]
+
+
+class LoraTuning(Section):
+    """`model.peft.lora_tuning.*`: low-rank adapters beside frozen weights."""
+
+    target_modules: Annotated[list[LoraTarget], Field(min_length=1)] = knob(
+        ["attention_qkv"],
+        "Linear maps with an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2; attention, mlp and all are "
+        "groups of them.",
+    )
+    adapter_dim: PositiveInt = knob(32, "Rank of the adapters.")
+    adapter_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = knob(
+        0.0, "Dropout on an adapter's input in training; PPO takes 0 only."
+    )
+    alpha: PositiveFloat | None = knob(
+        None, "What an adapter adds is multiplied by alpha / adapter_dim; null takes adapter_dim, a factor of 1."
+    )
+
+
+class Peft(Section):
+    """`model.peft.*`: train everything, or adapters only (docs/lora.md)."""
+
+    peft_scheme: Literal["none", "lora"] | None = knob(
+        "none", "lora trains low-rank adapters and freezes the model (PPO: the actor); none or null trains all weights."
+    )
+    restore_from_path: str | None = knob(
+        None, "With lora: a LoRA checkpoint whose adapters to start from; null starts from adapters that add nothing."
+    )
+    lora_tuning: LoraTuning = LoraTuning()
+
+    def lora(self) -> Lora | None:
+        """The adapters asked for; None if all weights are trained."""
+        if self.peft_scheme != "lora":
+            return None
+        tuning = self.lora_tuning
+        alpha = float(tuning.adapter_dim) if tuning.alpha is None else tuning.alpha
+        return Lora(expand(tuning.target_modules), tuning.adapter_dim, alpha, tuning.adapter_dropout)
 
 
 # ---------------------------------------------------------------- data

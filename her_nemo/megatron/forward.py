@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from her_nemo.megatron import parallel, platform
+from her_nemo.megatron import adapters, parallel, platform
 from her_nemo.megatron.log_probs import vocab_parallel_log_probs
 from her_nemo.megatron.qwen3 import Model
 
@@ -139,15 +139,16 @@ def logits(model: Model, tokens_BS: torch.Tensor) -> torch.Tensor:
         return raw, finish
 
     batch, length = tokens_BS.shape
-    data = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter([{"tokens_BS": tokens_BS}]),
-        model=model.chunks,
-        num_microbatches=1,
-        seq_length=length,
-        micro_batch_size=batch,
-        forward_only=True,
-    )
+    with adapters.running(model, learning=False):
+        data = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([{"tokens_BS": tokens_BS}]),
+            model=model.chunks,
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=batch,
+            forward_only=True,
+        )
     return _share(data, 1)[0]["logits"]
 
 
@@ -209,15 +210,16 @@ def _run(
     batch, length = next(iter(shapes))
     padding = -length % parallel.tensor_size() if model.config.sequence_parallel else 0
     schedule = get_forward_backward_func()
-    data = schedule(
-        forward_step_func=partial(_forward_step, model, make_step, with_entropy, temperature, padding),
-        data_iterator=iter(micro_batches),
-        model=model.chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=length + padding,
-        micro_batch_size=batch,
-        forward_only=forward_only,
-    )
+    with adapters.running(model, learning=not forward_only):
+        data = schedule(
+            forward_step_func=partial(_forward_step, model, make_step, with_entropy, temperature, padding),
+            data_iterator=iter(micro_batches),
+            model=model.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=length + padding,
+            micro_batch_size=batch,
+            forward_only=forward_only,
+        )
     return _share(data, len(micro_batches))
 
 

@@ -102,6 +102,11 @@ def pipeline_size() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
+def tensor_group() -> dist.ProcessGroup:
+    """The tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def data_rank() -> int:
     """Rank among the data-parallel replicas."""
     return parallel_state.get_data_parallel_rank()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import types
 import warnings
 from collections.abc import Callable
@@ -73,7 +74,8 @@ CHANGES: tuple[Change, ...] = (
         _TORCH_USERS,
     ),
     Change(
-        "`_get_cuda_rng_state` and `_set_cuda_rng_state` read and write the CPU generator",
+        "`_get_cuda_rng_state` and `_set_cuda_rng_state` read and write the CPU generator; the warning that it moved "
+        "is not logged",
         "the tensor-parallel RNG tracker and activation recomputation go through CUDA's generators",
         (_CORE + "tensor_parallel.random",),
     ),
@@ -199,6 +201,7 @@ def _redirect_rng() -> None:
     def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
 

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from her_nemo.config.architecture import Sizes
 from her_nemo.config.errors import UserError
-from her_nemo.megatron import parallel, platform
+from her_nemo.config.lora import Lora
+from her_nemo.megatron import adapters, parallel, platform
 from her_nemo.megatron.attention import layer_spec
 from her_nemo.megatron.heads import ScalarHead
 from her_nemo.megatron.precision import Precision, precision
@@ -143,6 +144,12 @@ class Model:
     precision: Precision
     padded_vocab_size: int
     trainable: bool
+    lora: Lora | None = None
+    """The adapters; then nothing else is trained."""
+    base: dict[str, str] | None = None
+    """With adapters: which model they belong to, as a checkpoint of them says it (training/source.py)."""
+    adapters_off: bool = False
+    """The tensors are another model's, whose adapters take no part here."""
 
     def bare(self) -> GPTModel:
         """The GPTModel of the (only) chunk, without its data-parallel wrapper."""
@@ -234,6 +241,7 @@ def build(
     dtype: str | torch.dtype = "32",
     sequence_parallel: bool = False,
     trainable: bool = True,
+    lora: Lora | None = None,
     distributed_optimizer: bool = False,
     make_vocab_size_divisible_by: int = 128,
     recompute_granularity: str | None = None,
@@ -244,7 +252,8 @@ def build(
 
     `parallel.initialize` must have run. dtype is a `trainer.precision` or a parameter dtype. The vocabulary is
     padded to a multiple of `make_vocab_size_divisible_by * tensor size`; padded entries never get probability.
-    A model that is not trainable has no gradient buffers and requires no gradients.
+    A model that is not trainable has no gradient buffers and requires no gradients; of one with adapters (`lora`)
+    only these do.
     Raises UserError if the layout does not divide the shape.
     """
     settings = precision(dtype)
@@ -272,6 +281,8 @@ def build(
     )
     if head == "scalar" and parallel.is_last_stage():
         module.output_layer = ScalarHead(config)
+    if lora is not None:
+        adapters.attach(module, lora, config)
     module.to(device=platform.device(), dtype=settings.params_dtype)
     chunk: torch.nn.Module = module
     if trainable:
@@ -280,7 +291,7 @@ def build(
     else:
         module.requires_grad_(False)
         module.eval()
-    return Model([chunk], shape, head, config, settings, padded, trainable)
+    return Model([chunk], shape, head, config, settings, padded, trainable, lora)
 
 
 def _data_parallel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,16 @@ _LAYER = "decoder.layers.0."
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
+class LayerRows(Protocol):
+    """Tensors under megatron-core's names, of a checkpoint, read in rows."""
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def rows(self, key: str, layer: int | None, start: int, stop: int) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class SingleLayer:
     """A one-layer model in fp32 whose layer is filled from the checkpoint's own tensors, not through the map.
 
@@ -23,9 +34,9 @@ class SingleLayer:
     Needs megatron-core's groups with no tensor or pipeline parallelism.
     """
 
-    def __init__(self, directory: Path, shape: Qwen3Shape, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, held: Path | LayerRows, shape: Qwen3Shape, head: Head, dtype: torch.dtype) -> None:
         self.shape, self.head, self.dtype = shape, head, dtype
-        self._held = TorchDist(directory)
+        self._held: LayerRows = TorchDist(held) if isinstance(held, Path) else held
         # The embedding is read row by row: a tiny one stands in its place.
         small = replace(shape, num_layers=1, vocab_size=1, tied=True)
         model = qwen3.build(small, dtype=torch.float32, trainable=False, make_vocab_size_divisible_by=1)

@@ -30,8 +30,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 
+from her_nemo.config import lora as adapter_config
 from her_nemo.config.errors import UserError
-from her_nemo.megatron import parallel
+from her_nemo.config.lora import Lora
+from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.optimizer import Scheduler
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.torch_dist import INDEX, read_index
@@ -93,6 +95,7 @@ def save(
 ) -> None:
     """Write everything needed to continue into `directory` (made if absent, must be empty). Collective.
 
+    Of a model with adapters, these alone: the base is where it came from.
     `extra` is JSON: counters, data-loader state; global rank 0's is kept.
     """
     directory = Path(directory)
@@ -100,7 +103,7 @@ def save(
         raise UserError(f"{directory} is not empty: a checkpoint is never written over another")
     directory.mkdir(parents=True, exist_ok=True)
     parallel.barrier()
-    content = _sharded(model, optimizer, is_loading=False)
+    content = _sharded(model, optimizer, only_adapters=model.lora is not None, is_loading=False)
     dist_checkpointing.save(content, str(directory), sharded_strategy=_InProcessSave())
     save_file(_random_state(), directory / _rng_file())
     if parallel.is_main():
@@ -113,6 +116,7 @@ def save(
             distributed_optimizer=model.distributed_optimizer,
             scheduler=None if scheduler is None else scheduler.state_dict(),
             extra=extra or {},
+            lora=model.lora,
         )
         (directory / ABOUT).write_text(json.dumps(described, indent=2) + "\n")
     parallel.barrier()
@@ -128,9 +132,11 @@ def describe(
     distributed_optimizer: bool = False,
     scheduler: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
+    lora: Lora | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, the content of `her_nemo.json`."""
-    return {
+    adapted = {} if lora is None else {"lora": lora.to_json()}
+    return adapted | {
         "format": _FORMAT,
         "head": head,
         "fingerprint": shape.fingerprint(head),
@@ -177,14 +183,15 @@ def load(
 
     Random state is restored when an optimizer is given and the layout is the one of the save (`restore_rng`
     overrides the first condition); at another layout it cannot be. A scalar-headed model may be filled from a
-    language model's checkpoint, without optimizer: its head is then drawn anew.
+    language model's checkpoint, without optimizer: its head is then drawn anew. A checkpoint of adapters fills the
+    adapters of a model that has the same, and leaves its base alone; one without fills the base.
     Raises UserError if the checkpoint holds another model or lacks what is asked for.
     """
     directory = Path(directory)
     found = about(directory)
     _check_match(directory, found, model, optimizer)
     new_head = model.head == "scalar" and found["head"] == "lm"
-    content = _sharded(model, optimizer, is_loading=True)
+    content = _sharded(model, optimizer, only_adapters=found.get("lora") is not None, is_loading=True)
     if new_head:
         content["model"].pop("output_layer.weight", None)
     read_index(directory / INDEX)
@@ -227,6 +234,11 @@ def _check_match(
             if key not in free and mine[key] != theirs[key]
         ]
         raise UserError(f"{directory} holds another model:\n  " + "\n  ".join(differences))
+    held = Lora.from_json(found.get("lora"))
+    if held is not None or optimizer is not None:
+        differing = adapter_config.problem_of(held, model.lora)
+        if differing:
+            raise UserError(f"{directory} holds another model: {differing}")
     if optimizer is not None and not found["has_optimizer"]:
         raise UserError(f"{directory} was saved without an optimizer: it holds weights, not a run to continue")
     if optimizer is not None and found["distributed_optimizer"] != model.distributed_optimizer:
@@ -242,13 +254,16 @@ def _check_match(
         )
 
 
-def _sharded(model: Model, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    """What this rank holds, as megatron-core's sharded state dict, tensors only."""
+def _sharded(
+    model: Model, optimizer: MegatronOptimizer | None, *, only_adapters: bool, is_loading: bool
+) -> dict[str, Any]:
+    """What this rank holds of the adapters or else of the base, as megatron-core's sharded state dict, tensors only."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     # Non-tensor entries are Transformer Engine's pickled extra states, which only FP8 recipes fill.
     weights, _ = extract_matching_values(
         model.bare().sharded_state_dict(metadata=metadata), lambda value: not isinstance(value, ShardedObject)
     )
+    weights = {key: value for key, value in weights.items() if adapters.is_adapter(key) == only_adapters}
     content: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         content["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from her_nemo.config.errors import UserError
-from her_nemo.megatron import parallel, platform, safetensors_files
+from her_nemo.megatron import adapters, parallel, platform, safetensors_files
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import (
     EMBEDDING,
@@ -38,10 +39,12 @@ _COMPARED_ROWS = 4096
 
 
 def entries(model: Model) -> dict[str, Entry]:
-    """This rank's parameters (names without the data-parallel wrapper) -> what they are made of."""
+    """This rank's parameters (names without the data-parallel wrapper) -> what they are made of. Adapters are none."""
     offset = get_transformer_layer_offset(model.config)
     found: dict[str, Entry] = {}
     for name, _ in model.bare().named_parameters():
+        if adapters.is_adapter(name):
+            continue
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         entry = layer_entry(layer[2], int(layer[1]) + offset) if layer else None
         if entry is not None:
@@ -102,6 +105,25 @@ def load_hf(model: Model, hf_dir: str | Path) -> None:
     """
     held = HfTensors(Path(hf_dir))
     check_hf(held, model.shape, model.head, head_optional=True)
+    load_tensors(model, held)
+    held.close()
+
+
+class NamedTensors(Protocol):
+    """Weights under their Hugging Face names, read in rows."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@torch.no_grad()
+def load_tensors(model: Model, held: NamedTensors) -> None:
+    """Fill the model's base from checked tensors, as `load_hf`; adapters stay as they are."""
     parameters = dict(model.bare().named_parameters())
     for name, entry in entries(model).items():
         if entry.names == (SCORE,) and SCORE not in held.names():
@@ -114,7 +136,6 @@ def load_hf(model: Model, hf_dir: str | Path) -> None:
                 f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}"
             )
         parameter.copy_(local.to(parameter.dtype))
-    held.close()
 
 
 @torch.no_grad()
@@ -133,7 +154,7 @@ def _my_share(size: int) -> tuple[int, int]:
     return parallel.tensor_rank() * part, (parallel.tensor_rank() + 1) * part
 
 
-def _local(model: Model, held: HfTensors, entry: Entry) -> torch.Tensor:
+def _local(model: Model, held: NamedTensors, entry: Entry) -> torch.Tensor:
     """This rank's part of a parameter, in the file's dtype."""
     rows = sum(held.shape(name)[0] for name in entry.names)
     table = spans(entry, model.shape, rows)
@@ -158,13 +179,13 @@ def _local(model: Model, held: HfTensors, entry: Entry) -> torch.Tensor:
 def hf_tensors(model: Model, *, everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors under their Hugging Face names, one at a time, on the CPU, in the model's dtype.
 
-    Collective: every rank must run the iterator to its end. Global rank 0 receives every (name, tensor); other
-    ranks receive them only with `everywhere=True`. A tied model has no `lm_head.weight`.
+    Adapters are merged in. Collective: every rank must run the iterator to its end. Global rank 0 receives every
+    (name, tensor); other ranks receive them only with `everywhere=True`. A tied model has no `lm_head.weight`.
     """
     mine = {names: (name, entry) for name, entry in entries(model).items() for names in [entry.names]}
     if not parallel.is_first_stage() and model.shape.tied and model.head == "lm":
         mine.pop((EMBEDDING,), None)
-    parameters = dict(model.bare().named_parameters())
+    merged = adapters.Merged(model)
     wanted = everywhere or parallel.is_main()
     shapes = hf_shapes(model.shape, model.head)
     # One replica gathers; the others have the same weights.
@@ -174,7 +195,7 @@ def hf_tensors(model: Model, *, everywhere: bool = False) -> Iterator[tuple[str,
         pieces: list[torch.Tensor] | None = None
         if stage == parallel.pipeline_rank():
             name, entry = mine[names]
-            pieces = _hf_pieces(model, entry, _gather_tensor_parallel(parameters[name].detach(), entry.kind))
+            pieces = _hf_pieces(model, entry, _gather_tensor_parallel(merged[name], entry.kind))
         if not everywhere and parallel.tensor_rank() != 0:
             continue
         for index, hf_name in enumerate(names):

@@ -172,6 +172,8 @@ def _notes(config: Any, answer: Answer, length: float | None) -> list[str]:
         notes.append(
             f"times take every sequence at {config.model.encoder_seq_length} tokens; --length N for a mean"
         )
+    if isinstance(config, SftConfig | PpoConfig) and config.model.peft.lora() is not None:
+        notes.append("LoRA: times are those of training all weights, and activations are an upper bound")
     if isinstance(config, PpoConfig):
         notes.append(
             "rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess"

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
+from her_nemo.config.lora import Lora
 from her_nemo.planning.shapes import (
     Head,
     Layout,
     Shape,
+    adapter_parameters,
     bucket_limit,
     buffer,
     padded_vocabulary,
@@ -74,21 +76,28 @@ def model_bytes(
     data_rank: int = 0,
     divisible_by: int = 128,
     overlap: bool = True,
+    lora: Lora | None = None,
 ) -> ModelBytes:
     """Bytes of one model on the rank of `stage` and `data_rank`. Exact for megatron-core 0.16.1.
 
     `distributed`: optimizer states sharded over the replicas (optim.name=distributed_fused_adam).
+    `lora`: adapters, which alone have gradients and optimizer states then.
     `overlap`: gradient reduction overlapped, as it is on CUDA with more than one replica.
     """
     parameters = stage_parameters(shape, layout, stage, head=head, divisible_by=divisible_by)
     count = sum(parameter.elements for parameter in parameters)
     size = PARAMETER_BYTES[precision]
+    frozen = 0
+    if lora is not None:
+        frozen = count * size
+        parameters = adapter_parameters(shape, layout, lora)
+        count = sum(parameter.elements for parameter in parameters)
     if not trainable:
-        return ModelBytes(count * size, 0, 0, 0)
+        return ModelBytes(frozen + count * size, 0, 0, 0)
     limit = bucket_limit(layout, stage, overlap=overlap and layout.shards > 1)
     held = buffer(parameters, layout.shards, distributed=distributed, bucket_elements=limit)
     # The distributed optimizer moves the weights into a buffer laid out like the gradients'.
-    weights = (held.elements if distributed else count) * size
+    weights = frozen + (held.elements if distributed else count) * size
     stepped = held.shard_elements(data_rank, layout.shards) if distributed else count
     main = 0 if precision == "32" else stepped * FP32
     return ModelBytes(weights, held.elements * GRADIENT_BYTES[precision], main, stepped * 2 * FP32)
@@ -98,9 +107,13 @@ def model_bytes(
 
 
 def layer_activations(
-    shape: Shape, layout: Layout, *, sequence: int, batch: int, precision: str, kernels: Kernels
-) -> int:
-    """Bytes one transformer layer keeps for the backward of one micro-batch of batch x sequence tokens."""
+    shape: Shape, layout: Layout, *, sequence: int, batch: int, precision: str, kernels: Kernels,
+    lora: Lora | None = None,
+) -> int:  # fmt: skip
+    """Bytes one transformer layer keeps for the backward of one micro-batch of batch x sequence tokens.
+
+    With `lora` an upper bound: inputs of maps without an adapter are counted, though frozen weights do not need them.
+    """
     e, tp = PARAMETER_BYTES[precision], layout.tensor
     tokens = sequence * batch
     # Sequence parallelism cuts norms and residuals, tensor parallelism heads and feed-forward.
@@ -114,12 +127,14 @@ def layer_activations(
     heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
     up = 2 * f if shape.gated else f
     softmax = tokens * heads * FP32  # log-sum-exp of flash attention
+    # What lies between A and B of each adapter.
+    low = 0 if lora is None else len(lora.targets) * tokens * lora.rank * e
     if kernels is Kernels.FUSED:
         # Norm: its input and output. Attention: inputs of the q/k norms, rotated q and k, v, output. Then the
         # feed-forward's input of SwiGLU (up) and of its last matrix.
         norms = outer * (4 * h * e + 2 * FP32)
         attention = tokens * (3 * q + 3 * g) * e + tokens * (heads + groups) * FP32 + softmax
-        return norms + attention + tokens * (up + f) * e
+        return norms + attention + tokens * (up + f) * e + low
     # Plain RMSNorm keeps its fp32 input, the fp32 normalised input and 1/rms; its output is the matrix's input.
     norms = outer * (2 * (2 * h * FP32 + h * e) + 2 * FP32)
     qk = tokens * (2 * (q + g) * FP32 + (heads + groups) * FP32)
@@ -130,7 +145,7 @@ def layer_activations(
     projection = tokens * (q + 2 * g) * e  # kept whole, since the values are a view of it
     rotary = 4 * sequence * shape.kv_channels * e  # cos and sin, for queries and for keys
     attention = tokens * (q + g) * e + tokens * q * e + softmax  # rotated q and k, output
-    return norms + qk + projection + rotary + attention + tokens * (up + 3 * f) * e
+    return norms + qk + projection + rotary + attention + tokens * (up + 3 * f) * e + low
 
 
 def boundary_bytes(shape: Shape, layout: Layout, *, tokens: int, precision: str) -> int:
@@ -188,13 +203,14 @@ def stage_activations(
     kernels: Kernels = Kernels.FUSED,
     recompute: Recompute | None = None,
     divisible_by: int = 128,
+    lora: Lora | None = None,
 ) -> tuple[int, int]:
     """(bytes kept per micro-batch in flight, bytes of the layers being redone) on a rank of `stage`."""
     recompute = recompute or Recompute()
     layers = shape.num_layers // layout.pipeline
     tokens = sequence * batch
     one = layer_activations(
-        shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels
+        shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels, lora=lora
     )
     boundary = boundary_bytes(shape, layout, tokens=tokens, precision=precision)
     working = 0

@@ -31,7 +31,7 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
-from her_nemo.planning import data_checks
+from her_nemo.planning import adapter_checks, data_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -46,6 +46,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*found, *_agreement(config.model, shape), *_layout(config.model, shape)]
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
         problems += [*_lengths(config.model, shape), *_recompute(config.model)]
+    if isinstance(config, SftConfig | PpoConfig):
+        problems += adapter_checks.check(config)
     if isinstance(config, PpoConfig):
         problems += _ppo(config)
     if isinstance(config, ConvertConfig | ExportConfig):
@@ -77,7 +79,7 @@ def _source(key: str, path: str) -> tuple[Shape, list[Problem]]:
         if (folder / "config.json").is_file():
             return architecture_from_hf(folder), []
         if megatron_manifest(folder) is not None:
-            return architecture_from_megatron(folder), []
+            return architecture_from_megatron(folder), list(adapter_checks.base_is_there(key, folder))
     except UserError as error:
         return {}, [Problem(key, str(error))]
     hint = "a Hugging Face directory has config.json; a Megatron one manifest.json, or checkpoints/latest of a run"
@@ -269,6 +271,9 @@ def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, 
         ("source", config.source) if isinstance(config, ConvertConfig) else ("checkpoint", config.checkpoint)
     )
     shape, found = _source(key, path)
+    if isinstance(config, ExportConfig) and config.base is not None:
+        found = [] if shape else found  # the base is elsewhere now
+        yield from _source("base", config.base)[1]
     yield from found
     is_hf = (Path(path) / "config.json").is_file()
     if not found and is_hf != isinstance(config, ConvertConfig):

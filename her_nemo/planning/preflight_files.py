@@ -17,7 +17,7 @@ from her_nemo.config.architecture import architecture_from_megatron, megatron_ma
 from her_nemo.config.errors import Problem, UserError
 from her_nemo.config.schema import PpoConfig, RewardConfig
 from her_nemo.planning.memory import FP32, PARAMETER_BYTES
-from her_nemo.planning.shapes import Shape, total_parameters
+from her_nemo.planning.shapes import Shape, total_adapter_parameters, total_parameters
 from her_nemo.planning.stages import TrainingConfig
 
 ROWS = 3  # looked at, per file
@@ -113,12 +113,17 @@ def _resume(config: TrainingConfig, architecture: ArchitectureKeys) -> Iterator[
 
 
 def checkpoint_bytes(config: TrainingConfig, shape: Shape) -> int:
-    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; of both models in PPO."""
+    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; of both models in PPO. With LoRA
+    of the adapters alone."""
     size = PARAMETER_BYTES[config.trainer.precision]
     each = size + (0 if size == FP32 else FP32) + 2 * FP32
+    if isinstance(config, RewardConfig):
+        return total_parameters(shape, "scalar") * each
+    lora = config.model.peft.lora()
+    trained = total_parameters(shape) if lora is None else total_adapter_parameters(shape, lora)
     if isinstance(config, PpoConfig):
-        return (total_parameters(shape) + total_parameters(shape, "scalar")) * each
-    return total_parameters(shape, "scalar" if isinstance(config, RewardConfig) else "lm") * each
+        trained += total_parameters(shape, "scalar")
+    return trained * each
 
 
 def _disk(config: TrainingConfig, shape: Shape) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from her_nemo.config.architecture import Sizes
+from her_nemo.config.lora import Lora
 
 Head = Literal["lm", "scalar"]
 
@@ -125,6 +126,32 @@ def stage_parameters(
         elif pp > 1:
             made.append(Parameter("output_layer", embedding, shared_embedding=True))
     return made
+
+
+def adapter_parameters(shape: Shape, layout: Layout, lora: Lora) -> list[Parameter]:
+    """The LoRA parameters of a rank, in the order the module lists them. Every pipeline stage has equally many.
+
+    Beside a column-parallel map B is cut, beside a row-parallel one A (megatron/adapters.py).
+    """
+    tp, h, rank = layout.tensor, shape.hidden_size, lora.rank
+    up = (2 if shape.gated else 1) * shape.ffn_hidden_size
+    sizes = {
+        "linear_qkv": (h, (shape.query_width + 2 * shape.group_width) // tp),
+        "linear_proj": (shape.query_width // tp, h),
+        "linear_fc1": (h, up // tp),
+        "linear_fc2": (shape.ffn_hidden_size // tp, h),
+    }
+    return [
+        Parameter(f"layers.{index}.{target}_lora.{matrix}", rank * side)
+        for index in range(shape.num_layers // layout.pipeline)
+        for target in lora.targets
+        for matrix, side in zip(("lora_a", "lora_b"), sizes[target], strict=True)
+    ]
+
+
+def total_adapter_parameters(shape: Shape, lora: Lora) -> int:
+    """LoRA parameters of the whole model."""
+    return sum(part.elements for part in adapter_parameters(shape, Layout(), lora))
 
 
 def total_parameters(shape: Shape, head: Head = "lm") -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from her_nemo.config.lora import Lora
 from her_nemo.config.schema import ModelConfig, PpoConfig, RewardConfig, SftConfig
 from her_nemo.planning import calibration as cal
 from her_nemo.planning import memory, timing
@@ -32,6 +33,7 @@ class Part:
     head: Head
     trainable: bool
     distributed: bool = True
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Planner:
     def held(self, part: Part, stage: int) -> ModelBytes:
         return memory.model_bytes(
             self.shape, self.layout, stage, head=part.head, precision=self.precision, trainable=part.trainable,
-            distributed=part.distributed, divisible_by=self.model.make_vocab_size_divisible_by,
+            distributed=part.distributed, divisible_by=self.model.make_vocab_size_divisible_by, lora=part.lora,
         )  # fmt: skip
 
     @property
@@ -149,7 +151,7 @@ class Planner:
     # ------------------------------------------------------------ passes
 
     def training_bytes(
-        self, stage: int, *, head: Head, sequences: int, micro_batches: int, entropy: bool
+        self, stage: int, *, head: Head, sequences: int, micro_batches: int, entropy: bool, lora: Lora | None = None
     ) -> int:
         """The pass of one optimizer step: activations in flight, layers redone, logits, hidden states exchanged."""
         length, precision = self.model.encoder_seq_length, self.precision
@@ -157,7 +159,7 @@ class Planner:
         divisible = self.model.make_vocab_size_divisible_by
         kept, working = memory.stage_activations(
             self.shape, self.layout, stage, sequence=length, batch=sequences, recompute=self.recompute,
-            divisible_by=divisible, **common,
+            divisible_by=divisible, lora=lora, **common,
         )  # fmt: skip
         needed = kept * memory.in_flight(self.layout, stage, micro_batches) + working
         tokens = length * sequences
@@ -255,7 +257,7 @@ def _learning(
     passing = {
         stage: resident
         + planner.training_bytes(
-            stage, head=part.head, sequences=rows, micro_batches=micro_batches, entropy=entropy
+            stage, head=part.head, sequences=rows, micro_batches=micro_batches, entropy=entropy, lora=part.lora
         )
         for stage in planner.stages
     }
@@ -273,7 +275,8 @@ def _supervised(planner: Planner, config: SftConfig | RewardConfig) -> StagePlan
     model = config.model
     distributed = model.optim.name == "distributed_fused_adam"
     rows = 2 if isinstance(config, RewardConfig) else 1  # a pair is two sequences
-    part = Part("model", "scalar" if isinstance(config, RewardConfig) else "lm", True, distributed)
+    lora = config.model.peft.lora() if isinstance(config, SftConfig) else None
+    part = Part("model", "scalar" if isinstance(config, RewardConfig) else "lm", True, distributed, lora)
     sequences = model.global_batch_size * rows
     still = dict.fromkeys(planner.stages, 0)
     phases = [
@@ -286,9 +289,12 @@ def _supervised(planner: Planner, config: SftConfig | RewardConfig) -> StagePlan
 
 def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     model, ppo = config.model, config.model.ppo
-    actor = Part("actor", "lm", True, model.optim.name == "distributed_fused_adam")
+    lora = model.peft.lora()
+    actor = Part("actor", "lm", True, model.optim.name == "distributed_fused_adam", lora)
     critic = Part("critic", "scalar", True, config.critic.optim.name == "distributed_fused_adam")
-    parts = [actor, critic, Part("reference", "lm", False), Part("reward model", "scalar", False)]
+    parts = [actor, critic, Part("reward model", "scalar", False)]
+    if lora is None or model.peft.restore_from_path is not None:
+        parts.insert(2, Part("reference", "lm", False, lora=lora))  # else it is the actor without its adapters
     samples, mine = ppo.num_rollout_samples, max(1, ppo.num_rollout_samples // planner.layout.data)
     resident = mine * model.encoder_seq_length * EXPERIENCE_BYTES
     longest = min(ppo.length_params.max_length, planner.length)

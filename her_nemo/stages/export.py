@@ -19,16 +19,18 @@ from her_nemo.megatron import conversion, parallel, safetensors_files, streaming
 from her_nemo.megatron.qwen3_map import hf_shapes
 from her_nemo.megatron.safetensors_files import INDEX_FILE
 from her_nemo.megatron.single_layer import SingleLayer
+from her_nemo.stages import export_adapter
+from her_nemo.stages.export_adapter import PROOF_FILE
 from her_nemo.training import checkpoint, proof
 from her_nemo.training import source as sources
 from her_nemo.training.logging import quiet_transformers
 from her_nemo.training.run import distributed
 
-PROOF_FILE = "proof.json"
-
 
 def run(cfg: ExportConfig) -> int:
-    source = sources.locate(cfg.checkpoint, cfg.part)
+    source = sources.locate(cfg.checkpoint, cfg.part, cfg.base)
+    if source.lora is None and (cfg.lora == "adapter" or cfg.base is not None):
+        raise UserError(f"{source.path}: its {cfg.part!r} has no LoRA adapters: leave lora and base out.")
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer else source.tokenizer
     if tokenizer is None:
         raise UserError(f"{source.path}: no tokenizer beside the weights. Set tokenizer=DIR.")
@@ -37,20 +39,30 @@ def run(cfg: ExportConfig) -> int:
     checkpoint.check_target(out, PROOF_FILE)
     quiet_transformers()
     with distributed(cfg):
-        held = write(cfg, source, partial)
-        found = prove(cfg, source, partial, held, tokeniser)
-        if parallel.is_main():
-            if found.failures:
-                # What was written is not to be gone on with.
-                (partial / streaming.IDENTITY).unlink(missing_ok=True)
-            else:
-                finish(cfg, source, partial, out, found, tokeniser)
-        failures = parallel.broadcast_object(found.failures)
+        if cfg.lora == "adapter":
+            failures = export_adapter.export(cfg, source, partial, out, tokeniser)
+        else:
+            failures = export_model(cfg, source, partial, out, tokeniser)
     if failures:
         raise UserError(
             f"{partial}: not the model that Megatron holds, so not exported: {'; '.join(failures)}"
         )
     return 0
+
+
+def export_model(
+    cfg: ExportConfig, source: sources.ModelSource, partial: Path, out: Path, tokeniser: Tokeniser
+) -> list[str]:
+    """Write, prove and name the directory (collective). Returns what does not hold, on every rank."""
+    held = write(cfg, source, partial)
+    found = prove(cfg, source, partial, held, tokeniser)
+    if parallel.is_main():
+        if found.failures:
+            # What was written is not to be gone on with.
+            (partial / streaming.IDENTITY).unlink(missing_ok=True)
+        else:
+            finish(cfg, source, partial, out, found, tokeniser)
+    return parallel.broadcast_object(found.failures)
 
 
 def write(cfg: ExportConfig, source: sources.ModelSource, partial: Path) -> dict[str, str]:
@@ -88,8 +100,11 @@ def prove(
         proof.tensors_agree(partial, held, dtype, found)
     config = proof.hf_config(source.shape, source.head, dtype, _ends(tokeniser))
     if how == "full":
+        beside = adapters_beside(cfg, source)
         # fp32 on both sides, with the weights as they were rounded: the same function to the last digits.
         model = sources.build(source, cfg.model, "32", head=source.head, trainable=False)
+        if beside is not None:
+            proof.merging_agrees(beside, proof.megatron_outputs(model), cfg.logits_tolerance, found)
         proof.round_weights(model, dtype)
         live = proof.live_hashes(model, dtype)
         outputs = proof.megatron_outputs(model)
@@ -100,10 +115,20 @@ def prove(
             if not found.failures:
                 proof.outputs_agree(partial, config, outputs, cfg.logits_tolerance, found)
     elif parallel.is_main() and not found.failures:
-        single = SingleLayer(source.path / source.part, source.shape, source.head, dtype)
+        single = SingleLayer(source.megatron_rows(), source.shape, source.head, dtype)
         proof.layers_agree(partial, config, single, cfg.proof_layers, cfg.logits_tolerance, found)
         single.close()
     return found
+
+
+def adapters_beside(cfg: ExportConfig, source: sources.ModelSource) -> torch.Tensor | None:
+    """Outputs of a LoRA checkpoint as it was trained, its adapters beside the base's weights; None of others."""
+    if source.lora is None or source.base is None:
+        return None
+    model = sources.build(
+        source.base, cfg.model, "32", head=source.head, trainable=False, lora=source.lora, adapters=source
+    )
+    return proof.megatron_outputs(model)
 
 
 def finish(

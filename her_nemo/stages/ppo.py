@@ -18,7 +18,7 @@ from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.loaders import GlobalBatchSampler
 from her_nemo.data.tokenise import KIND_NAMES, Prompt, Tokeniser
-from her_nemo.megatron import parallel
+from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
@@ -121,12 +121,24 @@ def build_models(cfg: PpoConfig, here: Run, last: int) -> tuple[Learner, Learner
     critic_path = cfg.critic.restore_from_path
     critic_source = sources.locate(critic_path) if critic_path else reward_source
     limits = {"clip_grad": cfg.trainer.ppo.gradient_clip_val, "max_steps": last * updates_per_step(cfg)}
+    actor = Learner.build("model", cfg, model.optim, source=here.source, head="lm", peft=model.peft, **limits)
     return (
-        Learner.build("model", cfg, model.optim, source=here.source, head="lm", **limits),
+        actor,
         Learner.build("critic", cfg, cfg.critic.optim, source=critic_source, head="scalar", **limits),
-        sources.build(here.source, model, precision, head="lm", trainable=False),
+        build_reference(cfg, here, actor),
         sources.build(reward_source, model, precision, head="scalar", trainable=False),
     )
+
+
+def build_reference(cfg: PpoConfig, here: Run, actor: Learner) -> Model:
+    """The policy as it came: a model of its own, or, where the actor's adapters began at nothing, its frozen base."""
+    lora, path = cfg.model.peft.lora(), cfg.model.peft.restore_from_path
+    if lora is not None and path is None:
+        return adapters.without(actor.model)
+    return sources.build(
+        here.source, cfg.model, cfg.trainer.precision, head="lm", trainable=False, lora=lora,
+        adapters=sources.locate(path) if lora and path else None,
+    )  # fmt: skip
 
 
 def generate(

@@ -11,37 +11,20 @@ import torch
 
 from her_nemo.algorithms.ranking_loss import bradley_terry
 from her_nemo.config.schema import RewardConfig
-from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import Tokeniser
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.rewards.scalar import score_at_last_token
-from her_nemo.training.learner import Learner, MicroBatch
-from her_nemo.training.loop import forever, load_rows, my_micro_batches, total_steps, validate
+from her_nemo.training.learner import MicroBatch
+from her_nemo.training.loop import forever, my_micro_batches, set_up, validate
 from her_nemo.training.run import open_run
 
 
 def run(cfg: RewardConfig) -> int:
     loop, model = cfg.trainer.rm, cfg.model
     with open_run(cfg) as here:
-        tokeniser = Tokeniser(here.tokenizer)
-        length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
-        train = load_rows("pairs", tokeniser, model.data.train_ds.file_path, model, length, here.directory)
-        valid = (
-            load_rows("pairs", tokeniser, valid_path, model, length, here.directory) if valid_path else []
-        )
-        order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
-        last = total_steps(loop, len(order))
-        learner = Learner.build(
-            "model",
-            cfg,
-            model.optim,
-            source=here.source,
-            head="scalar",
-            clip_grad=loop.gradient_clip_val,
-            max_steps=last,
-        )
-        done = here.resume([learner], order)
-        batches = forever(order)
+        made = set_up(cfg, loop, here, kind="pairs", head="scalar")
+        tokeniser, train, valid, learner, last = made.tokeniser, made.train, made.valid, made.learner, made.last
+        done = here.resume([learner], made.order)
+        batches = forever(made.order)
         for step in here.steps(done + 1, last, "reward"):
             indices = next(batches)
             here.tokens += sum(len(sample) for index in indices for sample in train[index])

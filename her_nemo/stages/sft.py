@@ -9,37 +9,21 @@ from her_nemo.algorithms.masking import weigh_kinds
 from her_nemo.algorithms.sft_loss import masked_nll
 from her_nemo.config.schema import SftConfig
 from her_nemo.config.sections import LayerWeights
-from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import KIND_NAMES, Tokeniser
+from her_nemo.data.tokenise import KIND_NAMES
 from her_nemo.megatron.forward import TokenOutputs
-from her_nemo.training.learner import Learner, LossFunction, MicroBatch
-from her_nemo.training.loop import forever, kind_weights, load_rows, my_micro_batches, total_steps, validate
+from her_nemo.training.learner import LossFunction, MicroBatch
+from her_nemo.training.loop import forever, kind_weights, my_micro_batches, set_up, validate
 from her_nemo.training.run import open_run
 
 
 def run(cfg: SftConfig) -> int:
     loop, model = cfg.trainer.sft, cfg.model
     with open_run(cfg) as here:
-        tokeniser = Tokeniser(here.tokenizer)
-        length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
-        train = load_rows("sft", tokeniser, model.data.train_ds.file_path, model, length, here.directory)
-        valid = (
-            load_rows("sft", tokeniser, valid_path, model, length, here.directory) if valid_path else []
-        )
-        order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
-        last = total_steps(loop, len(order))
-        learner = Learner.build(
-            "model",
-            cfg,
-            model.optim,
-            source=here.source,
-            head="lm",
-            clip_grad=loop.gradient_clip_val,
-            max_steps=last,
-        )
+        made = set_up(cfg, loop, here, kind="sft", head="lm")
+        tokeniser, train, valid, learner, last = made.tokeniser, made.train, made.valid, made.learner, made.last
         objective = sft_objective(model.data.layer_weights)
-        done = here.resume([learner], order)
-        batches = forever(order)
+        done = here.resume([learner], made.order)
+        batches = forever(made.order)
         for step in here.steps(done + 1, last, "sft"):
             indices = next(batches)
             here.tokens += sum(len(train[index]) for index in indices)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from her_nemo.config.sections import OptimConfig
+from her_nemo.config.sections import OptimConfig, Peft
 from her_nemo.megatron import forward, optimizer, parallel, state
 from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.megatron.qwen3 import Model
@@ -59,8 +59,10 @@ class Learner:
         head: str,
         clip_grad: float,
         max_steps: int,
+        peft: Peft | None = None,
     ) -> Learner:
-        """Build and fill the model as `cfg.model` and `cfg.trainer` say."""
+        """Build and fill the model as `cfg.model` and `cfg.trainer` say; with `peft`, to train what that says."""
+        lora, path = (peft.lora(), peft.restore_from_path) if peft else (None, None)
         model = sources.build(
             source,
             cfg.model,
@@ -68,6 +70,8 @@ class Learner:
             head=head,
             trainable=True,
             distributed_optimizer=optim.name == "distributed_fused_adam",
+            lora=lora,
+            adapters=sources.locate(path) if lora and path else None,
         )
         return cls(name, model, optim, clip_grad=clip_grad, max_steps=max_steps)
 

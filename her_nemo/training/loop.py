@@ -1,15 +1,16 @@
-"""What the supervised loops (SFT, reward model) share: how long, which rows next, and validation."""
+"""What the supervised loops (SFT, reward model) share: setting up, how long, which rows next, and validation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from her_nemo.config.schema import ModelConfig
+from her_nemo.config.schema import ModelConfig, RewardConfig, SftConfig
 from her_nemo.config.sections import LayerWeights, Loop
 from her_nemo.data import token_cache
 from her_nemo.data.loaders import GlobalBatchSampler, step_micro_batches
@@ -19,8 +20,43 @@ from her_nemo.data.token_store import TokenStore
 from her_nemo.data.tokenise import KIND_NAMES, Sample, Tokeniser
 from her_nemo.megatron import parallel
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch
+from her_nemo.training.run import Run
 
 Rows = Sequence[Sample] | Sequence[tuple[Sample, Sample]]
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What a supervised loop works with: encoded rows, their order, the learner, and the number of its last step."""
+
+    tokeniser: Tokeniser
+    train: TokenStore[Any]
+    valid: Sequence[Any]
+    order: GlobalBatchSampler
+    learner: Learner
+    last: int
+
+
+def set_up(cfg: SftConfig | RewardConfig, loop: Loop, here: Run, *, kind: RowKind, head: str) -> Supervised:
+    """Encode the rows, find out how long the run is, build and fill the model (collective)."""
+    model = cfg.model
+    tokeniser = Tokeniser(here.tokenizer)
+    length, valid_path = model.encoder_seq_length, model.data.validation_ds.file_path
+    train = load_rows(kind, tokeniser, model.data.train_ds.file_path, model, length, here.directory)
+    valid = load_rows(kind, tokeniser, valid_path, model, length, here.directory) if valid_path else []
+    order = GlobalBatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
+    last = total_steps(loop, len(order))
+    learner = Learner.build(
+        "model",
+        cfg,
+        model.optim,
+        source=here.source,
+        head=head,
+        clip_grad=loop.gradient_clip_val,
+        max_steps=last,
+        peft=getattr(model, "peft", None),
+    )
+    return Supervised(tokeniser, train, valid, order, learner, last)
 
 
 def load_rows(

@@ -23,6 +23,7 @@ from her_nemo.megatron.qwen3_map import EMBEDDING, FINAL_NORM, LM_HEAD, SCORE, h
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
 from her_nemo.megatron.single_layer import SingleLayer
 from her_nemo.megatron.streaming import digest_head, tensor_digest
+from her_nemo.megatron.weights import NamedTensors
 
 PROBES, PROBE_LENGTH, PROBE_SEED = 4, 96, 20_601
 LAYER_PROBES, LAYER_PROBE_LENGTH, HEAD_ROWS = 2, 32, 256
@@ -93,17 +94,27 @@ def live_hashes(model: Model, dtype: torch.dtype) -> dict[str, str]:
     """The hash of every tensor that the live model gathers, in `dtype`; on global rank 0 (collective)."""
     hashes: dict[str, str] = {}
     for name, tensor in weights.hf_tensors(model):
-        rounded = tensor.to(dtype).contiguous()
-        digest = hashlib.sha256(digest_head(dtype, tuple(rounded.shape)))
-        digest.update(bytes_of(rounded))
-        hashes[name] = digest.hexdigest()
+        hashes[name] = digest_of(tensor, dtype)
     return hashes
 
 
-@torch.no_grad()
+def digest_of(tensor: torch.Tensor, dtype: torch.dtype) -> str:
+    """The hash of a tensor in `dtype`, as of one that was written."""
+    rounded = tensor.to(dtype).contiguous()
+    digest = hashlib.sha256(digest_head(dtype, tuple(rounded.shape)))
+    digest.update(bytes_of(rounded))
+    return digest.hexdigest()
+
+
 def round_weights(model: Model, dtype: torch.dtype) -> None:
     """Round an fp32 model's weights to `dtype`, in place, as the export does."""
-    for parameter in model.bare().parameters():
+    round_parameters(model.bare(), dtype)
+
+
+@torch.no_grad()
+def round_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round a module's fp32 parameters to `dtype`, in place."""
+    for parameter in module.parameters():
         parameter.copy_(parameter.to(dtype))
 
 
@@ -137,9 +148,36 @@ def outputs_agree(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             found.failures.append(f"transformers reports {kind}: {sorted(map(str, info[kind]))[:_SHOWN]}")
+    _compare_outputs(network, config, outputs, tolerance, found)
+
+
+@torch.no_grad()
+def tensor_outputs_agree(
+    written: NamedTensors, config: Qwen3Config, outputs: torch.Tensor, tolerance: float, found: Findings
+) -> None:
+    """transformers' language model filled from tensors by name computes what Megatron computed."""
+    network = Qwen3ForCausalLM(config)
+    state = {name: _whole(written, name) for name in written.names()}
+    if config.tie_word_embeddings:
+        state[LM_HEAD] = state[EMBEDDING]
+    network.load_state_dict(state, strict=True)
+    _compare_outputs(network, config, outputs, tolerance, found)
+
+
+def merging_agrees(beside: torch.Tensor, merged: torch.Tensor, tolerance: float, found: Findings) -> None:
+    """Megatron computes with merged weights what it computed with adapters beside them, both in fp32, unrounded."""
+    difference, limit = float((beside - merged).abs().max()), tolerance * max(1.0, float(beside.abs().max()))
+    if not difference <= limit:
+        found.failures.append(f"merging the adapters changes outputs by {difference:.3g}, more than {limit:.3g}")
+    found.body["merging_max_abs_diff"] = difference
+
+
+def _compare_outputs(
+    network: torch.nn.Module, config: Qwen3Config, outputs: torch.Tensor, tolerance: float, found: Findings
+) -> None:
     tokens = probe_tokens(config.vocab_size)
     network.eval()
-    if head == "lm":
+    if head_of(config) == "lm":
         theirs = network(input_ids=tokens).logits.float()
     else:
         theirs = network.score(network.model(input_ids=tokens).last_hidden_state)[..., 0].float()
@@ -147,14 +185,14 @@ def outputs_agree(
     limit = tolerance * max(1.0, largest)
     if not difference <= limit:
         found.failures.append(f"outputs differ by {difference:.3g}, more than {limit:.3g}")
-    agreement = float((theirs.argmax(-1) == outputs.argmax(-1)).float().mean()) if head == "lm" else 1.0
+    same = (theirs.argmax(-1) == outputs.argmax(-1)).float().mean() if head_of(config) == "lm" else 1.0
     cosine = torch.cosine_similarity(theirs.flatten().double(), outputs.flatten().double(), dim=0)
     found.body |= {
         "logits_max_abs_diff": difference,
         "logits_largest": largest,
         "logits_tolerance": limit,
         "cosine": float(cosine),
-        "top1_agreement": agreement,
+        "top1_agreement": float(same),
         "probes": {"sequences": PROBES, "length": PROBE_LENGTH, "seed": PROBE_SEED},
     }
 
@@ -171,10 +209,19 @@ def layers_agree(
     directory: Path, config: Qwen3Config, megatron: SingleLayer, count: int, tolerance: float, found: Findings
 ) -> None:
     """Sampled layers, the embedding and the head compute in transformers what they compute in megatron-core."""
-    _names_agree(directory, config, found)
+    written = HfTensors(directory)
+    written_layers_agree(written, config, megatron, count, tolerance, found)
+    written.close()
+
+
+@torch.no_grad()
+def written_layers_agree(
+    written: NamedTensors, config: Qwen3Config, megatron: SingleLayer, count: int, tolerance: float, found: Findings
+) -> None:
+    """The same of tensors by name."""
+    _names_agree(written, config, found)
     if found.failures:
         return
-    written = HfTensors(directory)
     generator = torch.Generator().manual_seed(PROBE_SEED)
     hidden = torch.randn(LAYER_PROBES, LAYER_PROBE_LENGTH, config.hidden_size, generator=generator)
     gaps: dict[str, dict[str, float]] = {}
@@ -187,7 +234,6 @@ def layers_agree(
     gaps["embedding"] = {"rows": relative_gap(megatron.embeddings(rows), _rows(written, EMBEDDING, rows))}
     theirs_last = _hf_head(written, config, hidden, rows)
     gaps["head"] = {"outputs": relative_gap(megatron.head_outputs(hidden, rows), theirs_last)}
-    written.close()
     for place, parts in gaps.items():
         for part, gap in parts.items():
             if not gap <= tolerance:
@@ -213,28 +259,26 @@ def relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
-def _names_agree(directory: Path, config: Qwen3Config, found: Findings) -> None:
-    """The names and shapes on the disk are those of transformers' model, built without memory."""
+def _names_agree(written: NamedTensors, config: Qwen3Config, found: Findings) -> None:
+    """The names and shapes are those of transformers' model, built without memory."""
     loader = Qwen3ForCausalLM if head_of(config) == "lm" else Qwen3ForSequenceClassification
     with torch.device("meta"):
         network = loader(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    written = HfTensors(directory)
     have = {name: written.shape(name) for name in written.names()}
-    written.close()
     differing = sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
     if differing:
         found.failures.append(f"transformers' model has other names or shapes: {', '.join(differing[:_SHOWN])}")
 
 
 def _hf_parts(
-    written: HfTensors, config: Qwen3Config, layer: int, hidden_BSH: torch.Tensor
+    written: NamedTensors, config: Qwen3Config, layer: int, hidden_BSH: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{layer}."
     with torch.device("meta"):
         module = Qwen3DecoderLayer(config, 0)
     names = [name for name in written.names() if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): written.whole(name).float() for name in names}
+    own = {name.removeprefix(prefix): _whole(written, name) for name in names}
     module.load_state_dict(own, strict=True, assign=True)
     positions = torch.arange(hidden_BSH.shape[1])[None]
     rotary = Qwen3RotaryEmbedding(config)(hidden_BSH, positions)
@@ -242,16 +286,20 @@ def _hf_parts(
     return {"attention": attention, "mlp": module.mlp(module.post_attention_layernorm(hidden_BSH))}
 
 
-def _hf_head(written: HfTensors, config: Qwen3Config, hidden_BSH: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _hf_head(written: NamedTensors, config: Qwen3Config, hidden_BSH: torch.Tensor, rows: list[int]) -> torch.Tensor:
     norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-    norm.weight.copy_(written.whole(FINAL_NORM))
+    norm.weight.copy_(_whole(written, FINAL_NORM))
     if head_of(config) == "scalar":
-        return torch.nn.functional.linear(norm(hidden_BSH), written.whole(SCORE).float())
+        return torch.nn.functional.linear(norm(hidden_BSH), _whole(written, SCORE))
     name = EMBEDDING if config.tie_word_embeddings else LM_HEAD
     return torch.nn.functional.linear(norm(hidden_BSH), _rows(written, name, rows))
 
 
-def _rows(written: HfTensors, name: str, rows: list[int]) -> torch.Tensor:
+def _whole(written: NamedTensors, name: str) -> torch.Tensor:
+    return written.rows(name, 0, written.shape(name)[0]).float()
+
+
+def _rows(written: NamedTensors, name: str, rows: list[int]) -> torch.Tensor:
     return torch.cat([written.rows(name, row, row + 1) for row in rows]).float()
 
 

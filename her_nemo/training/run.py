@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import yaml
 
+from her_nemo.config import lora as adapter_config
 from her_nemo.config.errors import UserError
+from her_nemo.config.lora import Lora
 from her_nemo.megatron import parallel, platform
 from her_nemo.training import checkpoint
 from her_nemo.training import source as sources
@@ -78,17 +80,30 @@ class Run:
         if self._manifest is None:
             return 0
         for learner in learners:
-            held = self._manifest.models.get(learner.name, {}).get("fingerprint")
+            entry = self._manifest.models.get(learner.name, {})
+            held = entry.get("fingerprint")
             if held != learner.model.fingerprint():
                 raise UserError(
                     f"{self._manifest.directory}: its {learner.name!r} is another model than the one configured "
                     f"(fingerprint {held}, wanted {learner.model.fingerprint()}). Name another "
                     "exp_manager.explicit_log_dir, or the checkpoint's own architecture."
                 )
+            differing = self._other_adapters(entry, learner)
+            if differing:
+                raise UserError(f"{self._manifest.directory}: {differing}. Name another exp_manager.explicit_log_dir.")
             learner.load(self._manifest.directory)
         order.load_state_dict(self._manifest.counters["order"])
         self.summary |= self._manifest.counters["summary"]
         return self._manifest.step
+
+    @staticmethod
+    def _other_adapters(entry: dict[str, Any], learner: Learner) -> str:
+        """How a checkpoint's adapters and base differ from the learner's; "" if they do not."""
+        model = learner.model
+        differing = adapter_config.problem_of(Lora.from_json(entry.get("lora")), model.lora)
+        if not differing and model.base is not None and entry["base"]["digest"] != model.base["digest"]:
+            differing = f"its adapters belong to {entry['base']['path']}, not to {model.base['path']}"
+        return differing
 
     def steps(self, first: int, last: int, title: str) -> Iterator[int]:
         """Step numbers first..last under a progress bar; ends early, on all ranks together, when told to stop."""

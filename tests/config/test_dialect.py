@@ -8,6 +8,7 @@ import pytest
 
 from her_nemo.config import compose, dialect
 from her_nemo.config.errors import ConfigErrors
+from her_nemo.config.lora import Lora
 from her_nemo.config.schema import STAGES, PpoConfig, SftConfig
 
 # Keys of NeMo-Aligner 0.7's gpt_sft, training_rm, gpt_ppo_critic and gpt_ppo_actor files.
@@ -81,7 +82,7 @@ model:
   restore_from_path: /base
   megatron_amp_O2: true
   answer_only_loss: true
-  peft: {peft_scheme: none, lora_tuning: {adapter_dim: 32}}
+  peft: {peft_scheme: none, lora_tuning: {adapter_dim: 16, target_modules: [mlp], weight_tying: false}}
   optim: {name: mcore_distributed_optim, lr: 5.0e-6}
   data:
     chat: true
@@ -108,7 +109,9 @@ def test_every_key_of_theirs_has_an_answer(stage: str, keys: str) -> None:
 def test_what_a_key_is_translated_to_exists() -> None:
     ours = {key for schema in STAGES.values() for key, _ in compose.known_keys(schema)}
     assert set(dialect.TRANSLATED.values()) <= ours
-    assert not set(dialect.KEYS) & (ours - {"trainer.sft.limit_train_batches"})
+    # The reward model has no adapters: there the key is refused.
+    both = set(dialect.KEYS) & (ours - {"trainer.sft.limit_train_batches"})
+    assert all(key.startswith("model.peft.") for key in both), both
 
 
 def test_a_file_of_theirs_runs_and_everything_is_said(tmp_path: Path) -> None:
@@ -124,22 +127,44 @@ def test_a_file_of_theirs_runs_and_everything_is_said(tmp_path: Path) -> None:
     assert config.exp_manager.max_seconds == 3.5 * 3600
     assert config.exp_manager.checkpoint_callback_params.save_top_k == 5
     assert config.trainer.sft.save_interval == 100
+    assert config.model.peft.lora() is None
     said = "\n".join(notes)
     assert "model.restore_from_path -> pretrained_checkpoint.restore_from_path" in said
-    for key in ("trainer.logger", "model.megatron_amp_O2", "model.data.chat", "model.peft.lora_tuning.adapter_dim",
+    for key in ("trainer.logger", "model.megatron_amp_O2", "model.data.chat", "model.peft.lora_tuning.weight_tying",
                 "inference.greedy", "exp_manager.checkpoint_callback_params.monitor"):  # fmt: skip
         assert f"{key} has no effect: " in said
 
 
 def test_what_is_asked_for_and_not_done_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(FILE.replace("peft_scheme: none", "peft_scheme: lora"))
+    (tmp_path / "mine.yaml").write_text(FILE.replace("weight_tying: false", "weight_tying: true"))
     with pytest.raises(ConfigErrors) as caught:
         compose.load("sft", ["model.hidden_dropout=0.1", "model.context_parallel_size=2"], tmp_path, "mine")
     found = {problem.key: str(problem) for problem in caught.value.problems}
-    assert set(found) == {"model.peft.peft_scheme", "model.hidden_dropout", "model.context_parallel_size"}
-    assert "mine.yaml" in found["model.peft.peft_scheme"]
+    tying = "model.peft.lora_tuning.weight_tying"
+    assert set(found) == {tying, "model.hidden_dropout", "model.context_parallel_size"}
+    assert "mine.yaml" in found[tying]
     assert "command line" in found["model.hidden_dropout"]
     assert "Only 1 or null" in found["model.context_parallel_size"]
+
+
+def test_lora_is_read_as_nemo_aligner_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(FILE.replace("peft_scheme: none", "peft_scheme: lora"))
+    config = compose.load("sft", [], tmp_path, "mine")
+    assert isinstance(config, SftConfig)
+    assert config.model.peft.lora() == Lora(("linear_fc1", "linear_fc2"), rank=16, alpha=16.0)
+    tuning = "model.peft.lora_tuning"
+    wrong = ("target_modules=[attention_dense,qkv]", "adapter_dim=0", "adapter_dropout=1.0")
+    given = [f"{tuning}.{override}" for override in wrong]
+    with pytest.raises(ConfigErrors) as caught:
+        compose.load("sft", given, tmp_path, "mine")
+    found = {problem.key: str(problem) for problem in caught.value.problems}
+    assert set(found) == {f"{tuning}.target_modules", f"{tuning}.adapter_dim", f"{tuning}.adapter_dropout"}
+    assert "'attention_qkv'" in found[f"{tuning}.target_modules"]
+    with pytest.raises(ConfigErrors, match="did you mean model.peft.lora_tuning.adapter_dim"):
+        compose.load("sft", [f"{tuning}.adapter_dm=8"], tmp_path, "mine")
+    with pytest.raises(ConfigErrors, match="this stage trains all weights"):
+        compose.load("reward", ["model.restore_from_path=/b", "model.data.train_ds.file_path=/t",
+                                "model.peft.peft_scheme=lora"])  # fmt: skip
 
 
 def test_actor_and_critic_keys() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from megatron.core import parallel_state
 
+from her_nemo.config.lora import Lora, expand
 from her_nemo.megatron import forward, optimizer, parallel, qwen3
 
 SHAPE = qwen3.Qwen3Shape(
@@ -32,6 +33,7 @@ def _measure(case: dict) -> dict:
         dtype=case["precision"],
         sequence_parallel=case.get("sequence_parallel", False),
         distributed_optimizer=case.get("distributed", False),
+        lora=Lora(expand(case["lora"]), rank=4, alpha=8.0) if case.get("lora") else None,
         recompute_granularity=recompute[0] if recompute else None,
         recompute_method=recompute[1] if recompute else None,
         recompute_num_layers=recompute[2] if recompute else None,

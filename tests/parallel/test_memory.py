@@ -8,6 +8,7 @@ import pytest
 from harness import run
 from memory_checks import SHAPE
 
+from her_nemo.config.lora import Lora, expand
 from her_nemo.planning import memory
 from her_nemo.planning.shapes import Layout, Shape
 
@@ -24,6 +25,9 @@ ONE = [
     {"name": "uniform 2", "precision": "bf16", "recompute": ["full", "uniform", 2]},
     {"name": "block", "precision": "32", "recompute": ["full", "block", 3]},
     {"name": "selective", "precision": "32", "recompute": ["selective", None, None]},
+    {"name": "lora", "precision": "32", "lora": ["all"]},
+    {"name": "lora bf16 distributed", "precision": "bf16-mixed", "lora": ["all"], "distributed": True},
+    {"name": "lora qkv", "precision": "bf16", "lora": ["attention_qkv"], "upper": True},
 ]
 TWO = [
     {"name": "tp2", "precision": "32", "tensor": 2},
@@ -40,6 +44,9 @@ TWO = [
     {"name": "pp2 untied", "precision": "bf16", "pipeline": 2, "tied": False},
     {"name": "dp2", "precision": "32"},
     {"name": "dp2 distributed", "precision": "32", "distributed": True},
+    {"name": "dp2 distributed lora", "precision": "bf16-mixed", "distributed": True, "lora": ["all"]},
+    {"name": "tp2 lora", "precision": "32", "tensor": 2, "sequence_parallel": True, "lora": ["all"]},
+    {"name": "pp2 lora", "precision": "32", "pipeline": 2, "distributed": True, "lora": ["all"]},
     {"name": "dp2 distributed bf16", "precision": "bf16", "distributed": True, "tied": False},
     {
         "name": "dp2 distributed mixed scalar",
@@ -69,7 +76,8 @@ def assert_predicted(processes: int, cases: list[dict]) -> None:
                         f"{case['name']} rank {rank} {part}: {getattr(static, part)} != {found[part]}"
                     )
             gap = activations / found["activations"] - 1
-            if abs(gap) > 0.10:
+            # With few targets the plan counts inputs that frozen maps do not keep.
+            if gap < -0.10 or (gap > 0.10 and not case.get("upper")):
                 wrong.append(
                     f"{case['name']} rank {rank} activations: {activations}, held {found['activations']}: {gap:+.1%}"
                 )
@@ -83,13 +91,14 @@ def predicted(case: dict, processes: int, stage: int, data_rank: int) -> tuple[m
              "kv_channels", "vocab_size")  # fmt: skip
     shape = Shape(**{name: getattr(SHAPE, name) for name in names}, tied=case.get("tied", True))
     head = case.get("head", "lm")
+    lora = Lora(expand(case["lora"]), rank=4, alpha=8.0) if case.get("lora") else None
     static = memory.model_bytes(
         shape, layout, stage, head=head, precision=case["precision"], distributed=case.get("distributed", False),
-        data_rank=data_rank, overlap=False,
+        data_rank=data_rank, overlap=False, lora=lora,
     )  # fmt: skip
     kept, _ = memory.stage_activations(
         shape, layout, stage, **SIZE, precision=case["precision"], head=head, kernels=memory.Kernels.LOCAL,
-        recompute=memory.Recompute(*case.get("recompute", ())),
+        recompute=memory.Recompute(*case.get("recompute", ())), lora=lora,
     )  # fmt: skip
     return static, kept
 

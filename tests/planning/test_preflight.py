@@ -19,6 +19,7 @@ TINY = {
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
+PEFT = "model.peft."
 START = "pretrained_checkpoint.restore_from_path"
 RECOMPUTE = "model.activations_checkpoint_granularity"
 GLOBAL_BATCH = "model.global_batch_size"
@@ -122,6 +123,41 @@ def test_a_directory_without_a_checkpoint_and_one_of_another_model(place: Path) 
     assert "neither a Hugging Face nor a Megatron" in problems["pretrained_checkpoint.restore_from_path"]
     (place / "hf" / "config.json").write_text(json.dumps(TINY | {"model_type": "llama"}))
     assert "dense Qwen3" in found(place, "sft")["pretrained_checkpoint.restore_from_path"]
+
+
+def lora_run(place: Path, base: Path) -> None:
+    """Make the checkpoint of run/ one of adapters on all attention, rank 4."""
+    manifest = next((place / "run").glob("checkpoints/*/manifest.json"))
+    body = json.loads(manifest.read_text())
+    lora = {"targets": ["linear_qkv", "linear_proj"], "rank": 4, "alpha": 4.0, "dropout": 0.0}
+    body["models"]["model"] |= {"lora": lora, "base": {"path": str(base), "digest": "0"}}
+    manifest.write_text(json.dumps(body))
+
+
+def test_adapters_must_be_those_configured(place: Path) -> None:
+    lora, tuning = f"{PEFT}peft_scheme=lora", f"{PEFT}lora_tuning."
+    restore = f"{PEFT}restore_from_path={place}/run"
+    assert found(place, "sft", lora) == {}
+    assert "has an effect with" in found(place, "sft", restore)[f"{PEFT}restore_from_path"]
+    assert "it has no LoRA adapters" in found(place, "sft", lora, restore)[f"{PEFT}restore_from_path"]
+    lora_run(place, place / "hf")
+    fitting = [f"{tuning}target_modules=[attention]", f"{tuning}adapter_dim=4"]
+    assert found(place, "sft", lora, restore, *fitting) == {}
+    problem = found(place, "sft", lora, restore, f"{tuning}adapter_dim=8")[f"{PEFT}restore_from_path"]
+    assert "adapters' rank is 4, the model configured has 8" in problem
+    assert "targets is ['linear_qkv', 'linear_proj'], the model configured has ['linear_qkv']" in problem
+    nowhere = found(place, "ppo", lora, f"{PEFT}restore_from_path={place}/hf", f"{tuning}adapter_dropout=0.1")
+    assert "no finished checkpoint" in nowhere[f"{PEFT}restore_from_path"]
+    assert "adapter_dropout=0.0 for PPO" in nowhere[f"{tuning}adapter_dropout"]
+
+
+def test_a_lora_checkpoint_without_its_base(place: Path) -> None:
+    lora_run(place, place / "gone")
+    source = f"pretrained_checkpoint.restore_from_path={place}/run"
+    assert "belong to the model at" in found(place, "sft", source)[START]
+    assert "base=DIR" in found(place, "export")["checkpoint"]
+    assert found(place, "export", f"base={place}/hf") == {}
+    assert "no such dir" in found(place, "export", f"base={place}/nope")["base"]
 
 
 def test_a_megatron_checkpoint_gives_its_shape_too(place: Path) -> None:
