@@ -22,7 +22,7 @@ from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform
 from her_nemo.megatron.attention import layer_spec
 from her_nemo.megatron.heads import ScalarHead
-from her_nemo.megatron.precision import Precision, precision
+from her_nemo.megatron.precision import Precision, check_device, precision
 
 Head = Literal["lm", "scalar"]
 
@@ -194,7 +194,7 @@ def transformer_config(
     """megatron-core's configuration of this shape at the current layout. Fusions only where their kernels exist."""
     tensor, pipeline = parallel.tensor_size(), parallel.pipeline_size()
     check_layout(shape, tensor, pipeline)
-    fused = platform.has_transformer_engine()
+    fused = settings.fused
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -212,9 +212,6 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        params_dtype=settings.params_dtype,
-        pipeline_dtype=settings.params_dtype,
-        bf16=settings.bf16,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence_parallel and tensor > 1,
@@ -230,6 +227,7 @@ def transformer_config(
         recompute_granularity=recompute_granularity,
         recompute_method=recompute_method,
         recompute_num_layers=recompute_num_layers,
+        **settings.transformer_fields(),
     )
 
 
@@ -237,7 +235,7 @@ def build(
     shape: Qwen3Shape,
     *,
     head: Head = "lm",
-    dtype: str | torch.dtype = "32",
+    dtype: str | torch.dtype | Precision = "32",
     sequence_parallel: bool = False,
     trainable: bool = True,
     distributed_optimizer: bool = False,
@@ -248,12 +246,15 @@ def build(
 ) -> Model:
     """Build this rank's part of the model, randomly initialised, on `platform.device()`.
 
-    `parallel.initialize` must have run. dtype is a `trainer.precision` or a parameter dtype. The vocabulary is
+    `parallel.initialize` must have run. dtype is a `trainer.precision`, a parameter dtype or a whole
+    Precision. The vocabulary is
     padded to a multiple of `make_vocab_size_divisible_by * tensor size`; padded entries never get probability.
     A model that is not trainable has no gradient buffers and requires no gradients.
     Raises UserError if the layout does not divide the shape.
     """
     settings = precision(dtype)
+    if torch.cuda.is_available():
+        check_device(settings, torch.cuda.get_device_capability())
     config = transformer_config(
         shape,
         settings=settings,
@@ -266,7 +267,7 @@ def build(
     padded = -(-shape.vocab_size // multiple) * multiple
     module = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config),
+        transformer_layer_spec=layer_spec(config, fused=settings.fused),
         vocab_size=padded,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel.is_first_stage(),
@@ -278,7 +279,8 @@ def build(
     )
     if head == "scalar" and parallel.is_last_stage():
         module.output_layer = ScalarHead(config)
-    module.to(device=platform.device(), dtype=settings.params_dtype)
+    if settings.fp8 is None or not settings.fp8.params:
+        module.to(device=platform.device(), dtype=settings.params_dtype)
     chunk: torch.nn.Module = module
     if trainable:
         chunk = _data_parallel(module, config, settings, distributed_optimizer)
@@ -296,9 +298,9 @@ def _data_parallel(
     chunk = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=settings.grad_reduce_in_fp32,
             use_distributed_optimizer=distributed_optimizer,
             overlap_grad_reduce=overlap,
+            **settings.data_parallel_fields(),
         ),
         module,
     )

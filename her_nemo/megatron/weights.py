@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform, safetensors_files
+from her_nemo.megatron.precision import fill, plain
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import (
     EMBEDDING,
@@ -113,7 +114,7 @@ def load_hf(model: Model, hf_dir: str | Path) -> None:
             raise RuntimeError(
                 f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}"
             )
-        parameter.copy_(local.to(parameter.dtype))
+        fill(parameter, local)
     held.close()
 
 
@@ -174,7 +175,7 @@ def hf_tensors(model: Model, *, everywhere: bool = False) -> Iterator[tuple[str,
         pieces: list[torch.Tensor] | None = None
         if stage == parallel.pipeline_rank():
             name, entry = mine[names]
-            pieces = _hf_pieces(model, entry, _gather_tensor_parallel(parameters[name].detach(), entry.kind))
+            pieces = _hf_pieces(model, entry, _gather_tensor_parallel(plain(parameters[name]), entry.kind))
         if not everywhere and parallel.tensor_rank() != 0:
             continue
         for index, hf_name in enumerate(names):

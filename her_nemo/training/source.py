@@ -11,6 +11,7 @@ from typing import Any
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import qwen3, state, weights
 from her_nemo.megatron.conversion import source_identity
+from her_nemo.megatron.precision import from_config
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
 from her_nemo.megatron.safetensors_files import HfTensors
 from her_nemo.megatron.streaming import MegatronTensors, Tensors
@@ -98,7 +99,7 @@ def build(
     model = qwen3.build(
         source.shape,
         head=head,
-        dtype=precision,
+        dtype=from_config(precision, layout),
         sequence_parallel=layout.sequence_parallel,
         trainable=trainable,
         distributed_optimizer=distributed_optimizer,
