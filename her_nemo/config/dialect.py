@@ -117,7 +117,12 @@ _drop(
 )
 _drop("Transformer Engine finds a new scale at every step", "model.fp8_interval")
 _drop("largest values are always shared by the ranks", "model.reduce_amax", accepts=(True, None))
-_drop("attention stays in bf16", "fp8_dot_product_attention fp8_multi_head_attention use_emha", under="model.", accepts=OFF)
+_drop(
+    "attention stays in bf16",
+    "fp8_dot_product_attention fp8_multi_head_attention use_emha",
+    under="model.",
+    accepts=OFF,
+)
 _drop("gradients of weights are computed in FP8 too", "model.fp8_wgrad", accepts=(True, None))
 _drop(NO_LORA, "model.peft.peft_scheme", accepts=(None, "none"))
 _drop(

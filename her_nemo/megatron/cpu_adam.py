@@ -1,4 +1,6 @@
-"""AdamW with FusedAdam's state layout, for the CPU and for GPUs without Transformer Engine, so that megatron-core's optimizer checkpoints load again.
+"""AdamW with FusedAdam's state layout, so that megatron-core's optimizer checkpoints load again.
+
+On the CPU, and on GPUs without Transformer Engine.
 
 The layout: `exp_avg` and `exp_avg_sq` per parameter, one integer `step` per parameter group. The arithmetic is
 torch's fused kernel, the same update as `torch.optim.AdamW`.

@@ -146,7 +146,7 @@ def require_transformer_engine(what: str) -> None:
 
 
 def resumable_adam() -> None:
-    """Where neither Transformer Engine's nor apex's Adam is there, take ours also on a GPU (see the table's last row)."""
+    """Take our Adam also on a GPU that has neither Transformer Engine's nor apex's (see the last of `CHANGES`)."""
     if importlib.import_module(_CORE + "optimizer").USING_PYTORCH_OPTIMIZER:
         _replace_adam()
 

@@ -110,7 +110,7 @@ _TABLE = {
 
 
 def precision(name: str | int | torch.dtype | Precision) -> Precision:
-    """The Precision for `trainer.precision` ("32", "bf16", "bf16-mixed") or for a parameter dtype; its own is given back."""
+    """The Precision for `trainer.precision` ("32", "bf16", "bf16-mixed") or for a parameter dtype."""
     if isinstance(name, Precision):
         return name
     if name is torch.float32:
@@ -124,7 +124,7 @@ def precision(name: str | int | torch.dtype | Precision) -> Precision:
 
 
 def from_config(name: str, keys: Any) -> Precision:
-    """The Precision of `trainer.precision` and of `model`'s keys, where that section has them (conversions have not)."""
+    """The Precision of `trainer.precision` and of the keys of `model`, where it has them (conversions have not)."""
     found = precision(name)
     return _with_keys(found, keys) if isinstance(keys, Fp8Keys) else found
 

@@ -53,6 +53,8 @@ class Qwen3Shape:
         raw = json.loads(file.read_text())
         if raw.get("model_type") != "qwen3":
             raise UserError(f"{file}: model_type is {raw.get('model_type')!r}; only dense 'qwen3' is supported")
+        if raw.get("quantization_config"):
+            raise UserError(f"{file}: its weights are quantised; start from the same model in bf16")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         for key, value, wanted in (

@@ -1,7 +1,7 @@
 """What FP8 needs of the GPU, of the recipe and of the sizes, and what of it a configuration lacks. No torch.
 
-Sizes: an FP8 matrix product takes operands whose sides are multiples of 16 (of 32 with mxfp8, whose blocks are 32 wide):
-widths and features of every rank's part of a matrix, and, for the gradients of weights, the tokens of a micro-batch.
+An FP8 matrix product takes operands whose sides are multiples of 16 (of 32 with mxfp8, whose blocks are 32 wide): both
+sides of every rank's part of a matrix and, for the gradients of weights, the tokens of a micro-batch.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from her_nemo.megatron import forward, parallel, weights
+from her_nemo.megatron.block_fp8 import Dequantised, opened
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import EMBEDDING, FINAL_NORM, LM_HEAD, SCORE, hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
@@ -174,7 +175,7 @@ def layers_agree(
     _names_agree(directory, config, found)
     if found.failures:
         return
-    written = HfTensors(directory)
+    written = opened(HfTensors(directory))
     generator = torch.Generator().manual_seed(PROBE_SEED)
     hidden = torch.randn(LAYER_PROBES, LAYER_PROBE_LENGTH, config.hidden_size, generator=generator)
     gaps: dict[str, dict[str, float]] = {}
@@ -219,7 +220,7 @@ def _names_agree(directory: Path, config: Qwen3Config, found: Findings) -> None:
     with torch.device("meta"):
         network = loader(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    written = HfTensors(directory)
+    written = opened(HfTensors(directory))
     have = {name: written.shape(name) for name in written.names()}
     written.close()
     differing = sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
@@ -228,7 +229,7 @@ def _names_agree(directory: Path, config: Qwen3Config, found: Findings) -> None:
 
 
 def _hf_parts(
-    written: HfTensors, config: Qwen3Config, layer: int, hidden_BSH: torch.Tensor
+    written: HfTensors | Dequantised, config: Qwen3Config, layer: int, hidden_BSH: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{layer}."
     with torch.device("meta"):
@@ -242,7 +243,9 @@ def _hf_parts(
     return {"attention": attention, "mlp": module.mlp(module.post_attention_layernorm(hidden_BSH))}
 
 
-def _hf_head(written: HfTensors, config: Qwen3Config, hidden_BSH: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _hf_head(
+    written: HfTensors | Dequantised, config: Qwen3Config, hidden_BSH: torch.Tensor, rows: list[int]
+) -> torch.Tensor:
     norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.copy_(written.whole(FINAL_NORM))
     if head_of(config) == "scalar":
@@ -251,7 +254,7 @@ def _hf_head(written: HfTensors, config: Qwen3Config, hidden_BSH: torch.Tensor, 
     return torch.nn.functional.linear(norm(hidden_BSH), _rows(written, name, rows))
 
 
-def _rows(written: HfTensors, name: str, rows: list[int]) -> torch.Tensor:
+def _rows(written: HfTensors | Dequantised, name: str, rows: list[int]) -> torch.Tensor:
     return torch.cat([written.rows(name, row, row + 1) for row in rows]).float()
 
 
