@@ -127,7 +127,7 @@ def test_what_is_not_rounding_is_refused(
         return turned, scales
 
     monkeypatch.setattr(block_fp8, "quantise", wrong)
-    with pytest.raises(UserError, match="differ by more than rounding to e4m3: model.layers.0"):
+    with pytest.raises(UserError, match=r"differ by more than rounding to e4m3: model\.layers\.0"):
         export.run(load("export", checkpoint=trained, out=tmp_path / "out", dtype="fp8", proof="layers"))
     assert not (tmp_path / "out").exists()
 
