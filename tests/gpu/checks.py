@@ -1,4 +1,4 @@
-"""What the GPU tests measure, as functions of the precision; the same code runs small on a CPU (test_checks_run_here)."""
+"""What the GPU tests measure, as functions of the precision; test_checks_run_here runs the same code small."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def steps() -> Callable[..., dict]:
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         done = subprocess.run(
             [sys.executable, str(Path(__file__).parent / "continued.py"), *map(str, arguments)],
-            env=os.environ | hidden | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
+            env=os.environ | hidden | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+            check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+
 import torch
 
 from her_nemo.megatron import forward, optimizer, parallel, platform, qwen3, state, weights
