@@ -105,7 +105,7 @@ _drop("the optimizer always steps fp32 main weights", "model.megatron_amp_O2")
 _drop("the model is always megatron-core's", "model.mcore_gpt", accepts=(True,))
 _drop(
     KERNELS,
-    "use_flash_attention transformer_engine apply_rope_fusion bias_activation_fusion masked_softmax_fusion "
+    "use_flash_attention apply_rope_fusion bias_activation_fusion masked_softmax_fusion "
     "bias_dropout_add_fusion gradient_accumulation_fusion ub_tp_comm_overlap grad_allreduce_chunk_size_mb "
     "apex_transformer_log_level gradient_as_bucket_view sync_batch_comm save_nemo_on_validation_end",
     under="model.",
@@ -116,7 +116,15 @@ _drop(
     under="model.",
     accepts=(0.0, 0, None),
 )
-_drop("FP8 is not built", "model.fp8", accepts=OFF)
+_drop("Transformer Engine finds a new scale at every step", "model.fp8_interval")
+_drop("largest values are always shared by the ranks", "model.reduce_amax", accepts=(True, None))
+_drop(
+    "attention stays in bf16",
+    "fp8_dot_product_attention fp8_multi_head_attention use_emha",
+    under="model.",
+    accepts=OFF,
+)
+_drop("gradients of weights are computed in FP8 too", "model.fp8_wgrad", accepts=(True, None))
 # Of stages without adapters (the reward model, the critic); SFT and PPO have these keys themselves.
 _drop(NO_LORA, "model.peft.peft_scheme", accepts=(None, "none"))
 _LORA = "model.peft.lora_tuning."

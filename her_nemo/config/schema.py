@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -88,8 +89,8 @@ class ParallelModel(Architecture):
     tokenizer: Tokenizer = Tokenizer()
 
 
-class ModelConfig(ParallelModel):
-    """`model.*` of the training stages: shape, layout, batches, data, optimizer."""
+class ModelConfig(Fp8Keys, ParallelModel):
+    """`model.*` of the training stages: shape, layout, arithmetic, batches, data, optimizer."""
 
     micro_batch_size: PositiveInt = knob(1, "Sequences per forward pass on one data-parallel rank.")
     global_batch_size: PositiveInt = knob(8, "Samples (pairs, for the reward model) per optimizer step.")
@@ -238,7 +239,9 @@ class ExportConfig(StageConfig):
     base: str | None = knob(
         None, "Of a LoRA checkpoint: where its base model lies now; null takes where it lay in training."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("bfloat16", "Number format of the written weights.")
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] = knob(
+        "bfloat16", "Number format of the written weights; fp8: the layers' matrices in e4m3 with a scale a 128-block."
+    )
     shard_bytes: PositiveInt = knob(5_000_000_000, "Largest safetensors file, bytes.")
     proof: Literal["auto", "full", "layers"] = knob(
         "auto", "full: logits of both whole models; layers: layer by layer; auto: full where memory allows."

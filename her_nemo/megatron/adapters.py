@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import (
 
 from her_nemo.config.lora import Lora
 from her_nemo.megatron import parallel, platform
+from her_nemo.megatron.precision import plain
 
 if TYPE_CHECKING:
     from her_nemo.megatron.qwen3 import Model
@@ -208,7 +209,7 @@ class Merged:
         self._adapters = {} if model.adapters_off else adapters_of(model)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._parameters[name].detach()
+        tensor = plain(self._parameters[name])
         if name not in self._adapters:
             return tensor
         return (tensor.float() + self._adapters[name].addition()).to(tensor.dtype)

@@ -137,12 +137,46 @@ class SdpaAttention(MegatronModule):
         return context[0].transpose(0, 1).reshape(query.shape[0], -1)
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """The modules of this pipeline stage's layers: Transformer Engine's where it runs, ours elsewhere."""
-    if platform.has_transformer_engine():
+def with_masks(core: type) -> type:
+    """`core` for causal and packed attention, SdpaAttention where a mask is given.
+
+    Transformer Engine's attention takes a mask only for mask types that its fast kernels do not know, and ignores it
+    without a word when the type is causal: left-padded rollouts would attend to their padding.
+    """
+
+    class MaskedAttention(core):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.masked = SdpaAttention(**settings)
+
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            attn_mask_type: AttnMaskType | None = None,
+            attention_bias: torch.Tensor | None = None,
+            packed_seq_params: PackedSeqParams | None = None,
+        ) -> torch.Tensor:
+            chosen = super().forward if attention_mask is None else self.masked
+            return chosen(
+                query, key, value, attention_mask, attn_mask_type=attn_mask_type, attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+            )  # fmt: skip
+
+    return MaskedAttention
+
+
+def layer_spec(config: TransformerConfig, *, fused: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of this pipeline stage's layers: Transformer Engine's if `fused`, else ours."""
+    if fused:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = with_masks(attention.core_attention)
+        return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer.submodules.input_layernorm = RmsNorm
     layer.submodules.pre_mlp_layernorm = RmsNorm

@@ -19,6 +19,7 @@ import torch
 from her_nemo.megatron import parallel, safetensors_files, state, torch_dist
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import Span, Whole, hf_shapes, spans, wholes
+from her_nemo.megatron.row_map import Rows as RowSource
 from her_nemo.megatron.row_map import megatron_rows
 from her_nemo.megatron.safetensors_files import HfTensors, TensorFileWriter, bytes_of
 from her_nemo.megatron.streaming import (
@@ -27,7 +28,6 @@ from her_nemo.megatron.streaming import (
     Background,
     Digest,
     Journal,
-    Tensors,
     ahead,
     cast,
     digest_head,
@@ -216,8 +216,22 @@ def _write_about(
 # ---------------------------------------------------------------- to Hugging Face
 
 
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def plainly_stored(shape: Qwen3Shape, head: Head, dtype: torch.dtype) -> Stored:
+    """Name -> (shape, dtype) of the model's tensors, all in one dtype."""
+    return {name: (size, dtype) for name, size in hf_shapes(shape, head).items()}
+
+
+def tensor_files(stored: Stored, shard_bytes: int) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+    """The tensors grouped into files of at most `shard_bytes`, unless one is larger."""
+    shapes = {name: size for name, (size, _) in stored.items()}
+    return safetensors_files.shards(shapes, {name: kind.itemsize for name, (_, kind) in stored.items()}, shard_bytes)
+
+
 def to_safetensors(
-    held: Tensors,
+    held: RowSource,
     directory: Path,
     shape: Qwen3Shape,
     head: Head,
@@ -228,16 +242,22 @@ def to_safetensors(
     block_bytes: int = BLOCK_BYTES,
     share: Share | None = None,
     watch: Watch = lambda _: None,
+    stored: Stored | None = None,
 ) -> dict[str, str]:
     """Write weights as safetensors files in `dtype`; no config.json, no index: they are not a model yet. Collective.
+
+    `stored`: names, shapes and dtypes, where they are not the model's own in `dtype`.
 
     Goes on where an earlier call with the same `identity` was cut off. Returns, on every rank, the SHA-256 of every
     tensor as it came from `held`; whether that is what lies on the disk is for the proof to find out.
     """
     share = share or Share()
-    files = safetensors_files.shards(hf_shapes(shape, head), dtype.itemsize, shard_bytes)
+    stored = stored or plainly_stored(shape, head, dtype)
+    dtypes = {name: kind for name, (_, kind) in stored.items()}
+    files = tensor_files(stored, shard_bytes)
     identity = identity | {
-        "what": "safetensors", "shape": vars(shape), "head": head, "dtype": str(dtype), "shard_bytes": shard_bytes
+        "what": "safetensors", "shape": vars(shape), "head": head, "dtype": str(dtype), "shard_bytes": shard_bytes,
+        "dtypes": sorted({str(kind) for kind in dtypes.values()}),
     }  # fmt: skip
     journal = Journal(directory, identity, share.rank, parallel.barrier)
     todo = [(name, tensors) for name, tensors in share.mine(files) if name not in journal.resumed]
@@ -246,11 +266,11 @@ def to_safetensors(
         disk = Background()
         writer: TensorFileWriter | None = None
         digests: dict[str, Digest] = {}
-        for file, tensors, name, start, rows, last in ahead(_hf_blocks(held, todo, dtype, block_bytes)):
+        for file, tensors, name, start, rows, last in ahead(_hf_blocks(held, todo, dtypes, block_bytes)):
             if writer is None:
-                writer = TensorFileWriter(directory / file, tensors, dtype)
+                writer = TensorFileWriter(directory / file, tensors, dtypes)
                 digests = {}
-            digest = digests.setdefault(name, Digest(pool, digest_head(dtype, tensors[name])))
+            digest = digests.setdefault(name, Digest(pool, digest_head(dtypes[name], tensors[name])))
             digest.update(bytes_of(rows))
             writer.write(name, start, rows)
             digest.wait()
@@ -265,14 +285,17 @@ def to_safetensors(
 
 
 def _hf_blocks(
-    held: Tensors, files: list[tuple[str, dict[str, tuple[int, ...]]]], dtype: torch.dtype, block_bytes: int
+    held: RowSource,
+    files: list[tuple[str, dict[str, tuple[int, ...]]]],
+    dtypes: dict[str, torch.dtype],
+    block_bytes: int,
 ) -> Iterator[tuple[str, dict[str, tuple[int, ...]], str, int, torch.Tensor, bool]]:
     """(file, its tensors, tensor, first row, rows, whether the last of the file): the reading half."""
     for file, tensors in files:
         last_name = list(tensors)[-1]
         for name, size in tensors.items():
-            for start, stop in row_blocks(size[0], row_bytes_of(size, dtype), block_bytes):
-                rows = cast(held.rows(name, start, stop), dtype, name).contiguous()
+            for start, stop in row_blocks(size[0], row_bytes_of(size, dtypes[name]), block_bytes):
+                rows = cast(held.rows(name, start, stop), dtypes[name], name).contiguous()
                 yield file, tensors, name, start, rows, name == last_name and stop == size[0]
 
 

@@ -1,7 +1,9 @@
-"""AdamW on CPU with FusedAdam's state layout, so that megatron-core's optimizer checkpoints load again.
+"""AdamW with FusedAdam's state layout, so that megatron-core's optimizer checkpoints load again.
+
+On the CPU, and on GPUs without Transformer Engine.
 
 The layout: `exp_avg` and `exp_avg_sq` per parameter, one integer `step` per parameter group. The arithmetic is
-torch's fused CPU kernel, the same update as `torch.optim.AdamW`.
+torch's fused kernel, the same update as `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class CpuAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"]))] * len(params),
+                [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
                 amsgrad=False,
                 lr=float(group["lr"]),
                 beta1=beta1,

@@ -83,17 +83,20 @@ class Decoder:
 @contextmanager
 def decoding(model: Model) -> Iterator[None]:
     """The model in evaluation mode, without gradients and without sequence parallelism: one token a
-    step cannot be split over the sequence. Training settings come back on leaving."""
+    step cannot be split over the sequence. Nor is it 16 rows for an FP8 matrix product, so decoding is in
+    bf16. Training settings come back on leaving."""
     module = model.bare()
     was_training = module.training
-    sequence_parallel = module.config.sequence_parallel
+    sequence_parallel, fp8 = module.config.sequence_parallel, module.config.fp8
     module.eval()
+    module.config.fp8 = None
     if sequence_parallel:
         set_model_to_sequence_parallel(module, False)
     try:
         with torch.inference_mode():
             yield
     finally:
+        module.config.fp8 = fp8
         if sequence_parallel:
             set_model_to_sequence_parallel(module, True)
         module.train(was_training)

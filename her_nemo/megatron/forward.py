@@ -208,7 +208,8 @@ def _run(
     if len(shapes) > 1:
         raise ValueError(f"micro-batches of one step must have one shape, not {sorted(shapes)}")
     batch, length = next(iter(shapes))
-    padding = -length % parallel.tensor_size() if model.config.sequence_parallel else 0
+    unit = model.precision.multiple(batch) * (parallel.tensor_size() if model.config.sequence_parallel else 1)
+    padding = -length % unit
     schedule = get_forward_backward_func()
     with adapters.running(model, learning=not forward_only):
         data = schedule(

@@ -10,6 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from her_nemo.config.errors import UserError
+from her_nemo.megatron import platform
 from her_nemo.megatron.qwen3 import Model
 
 Schedule = Literal["constant", "CosineAnnealing"]
@@ -45,10 +46,10 @@ def optimizer(
         adam_eps=eps,
         # An infinite limit clips nothing and still yields the norm.
         clip_grad=clip_grad if clip_grad > 0 else math.inf,
-        bf16=model.precision.bf16,
-        params_dtype=model.precision.params_dtype,
         use_distributed_optimizer=model.distributed_optimizer,
+        **model.precision.optimizer_fields(),
     )
+    platform.resumable_adam()
     made = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=False)
     for group in made.param_groups:
         # The optimizer multiplies this in only through megatron's own scheduler, which is not used here.

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from her_nemo.config.errors import UserError
+
 
 @dataclass(frozen=True)
 class Change:
@@ -126,6 +128,29 @@ def has_transformer_engine() -> bool:
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
     return bool(HAVE_TE)
+
+
+def require_transformer_engine(what: str) -> None:
+    """UserError if `what` was asked for and Transformer Engine cannot be used."""
+    if has_transformer_engine():
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"{what} needs Transformer Engine on a GPU, but torch sees no CUDA here. Leave it out.")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+        why = "megatron-core does not take it"
+    except (ImportError, OSError, RuntimeError) as error:
+        why = f"importing it fails: {error}"
+    raise UserError(
+        f"{what} needs Transformer Engine: {why}. Install it for this torch and CUDA (pip install --no-build-isolation "
+        "'transformer-engine[pytorch]', needs nvcc and cuDNN's headers), or leave it out."
+    )
+
+
+def resumable_adam() -> None:
+    """Take our Adam also on a GPU that has neither Transformer Engine's nor apex's (see the last of `CHANGES`)."""
+    if importlib.import_module(_CORE + "optimizer").USING_PYTORCH_OPTIMIZER:
+        _replace_adam()
 
 
 def apply() -> None:

@@ -24,7 +24,7 @@ from her_nemo.config.lora import Lora
 from her_nemo.megatron import adapters, parallel, platform
 from her_nemo.megatron.attention import layer_spec
 from her_nemo.megatron.heads import ScalarHead
-from her_nemo.megatron.precision import Precision, precision
+from her_nemo.megatron.precision import Precision, check_device, precision
 
 Head = Literal["lm", "scalar"]
 
@@ -48,6 +48,8 @@ class Qwen3Shape(Sizes):
         raw = json.loads(file.read_text())
         if raw.get("model_type") != "qwen3":
             raise UserError(f"{file}: model_type is {raw.get('model_type')!r}; only dense 'qwen3' is supported")
+        if raw.get("quantization_config"):
+            raise UserError(f"{file}: its weights are quantised; start from the same model in bf16")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         for key, value, wanted in (
@@ -195,7 +197,7 @@ def transformer_config(
     """megatron-core's configuration of this shape at the current layout. Fusions only where their kernels exist."""
     tensor, pipeline = parallel.tensor_size(), parallel.pipeline_size()
     check_layout(shape, tensor, pipeline)
-    fused = platform.has_transformer_engine()
+    fused = settings.fused
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -213,9 +215,6 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        params_dtype=settings.params_dtype,
-        pipeline_dtype=settings.params_dtype,
-        bf16=settings.bf16,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence_parallel and tensor > 1,
@@ -231,6 +230,7 @@ def transformer_config(
         recompute_granularity=recompute_granularity,
         recompute_method=recompute_method,
         recompute_num_layers=recompute_num_layers,
+        **settings.transformer_fields(),
     )
 
 
@@ -238,7 +238,7 @@ def build(
     shape: Qwen3Shape,
     *,
     head: Head = "lm",
-    dtype: str | torch.dtype = "32",
+    dtype: str | torch.dtype | Precision = "32",
     sequence_parallel: bool = False,
     trainable: bool = True,
     lora: Lora | None = None,
@@ -250,13 +250,16 @@ def build(
 ) -> Model:
     """Build this rank's part of the model, randomly initialised, on `platform.device()`.
 
-    `parallel.initialize` must have run. dtype is a `trainer.precision` or a parameter dtype. The vocabulary is
+    `parallel.initialize` must have run. dtype is a `trainer.precision`, a parameter dtype or a whole
+    Precision. The vocabulary is
     padded to a multiple of `make_vocab_size_divisible_by * tensor size`; padded entries never get probability.
     A model that is not trainable has no gradient buffers and requires no gradients; of one with adapters (`lora`)
     only these do.
     Raises UserError if the layout does not divide the shape.
     """
     settings = precision(dtype)
+    if torch.cuda.is_available():
+        check_device(settings, torch.cuda.get_device_capability())
     config = transformer_config(
         shape,
         settings=settings,
@@ -269,7 +272,7 @@ def build(
     padded = -(-shape.vocab_size // multiple) * multiple
     module = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config),
+        transformer_layer_spec=layer_spec(config, fused=settings.fused),
         vocab_size=padded,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel.is_first_stage(),
@@ -283,7 +286,8 @@ def build(
         module.output_layer = ScalarHead(config)
     if lora is not None:
         adapters.attach(module, lora, config)
-    module.to(device=platform.device(), dtype=settings.params_dtype)
+    if settings.fp8 is None or not settings.fp8.params:
+        module.to(device=platform.device(), dtype=settings.params_dtype)
     chunk: torch.nn.Module = module
     if trainable:
         chunk = _data_parallel(module, config, settings, distributed_optimizer)
@@ -301,9 +305,9 @@ def _data_parallel(
     chunk = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=settings.grad_reduce_in_fp32,
             use_distributed_optimizer=distributed_optimizer,
             overlap_grad_reduce=overlap,
+            **settings.data_parallel_fields(),
         ),
         module,
     )

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I8": torch.int8,
@@ -216,16 +217,20 @@ class TensorFileWriter:
     `sink(offset, bytes)` is called for every write, header included.
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.path, self.dtype = path, dtype
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | Mapping[str, torch.dtype]
+    ) -> None:
+        self.path = path
         self._shapes = shapes
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
         for name, shape in shapes.items():
             self._offsets[name] = end
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            kind = self._dtypes[name]
+            size = math.prod(shape) * kind.itemsize
+            header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
@@ -235,10 +240,11 @@ class TensorFileWriter:
         write_all(self._descriptor, struct.pack("<Q", len(text)) + text, 0)
 
     def write(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Rows from `start` of a tensor, contiguous and in the writer's dtype."""
-        width = math.prod(self._shapes[name][1:]) * self.dtype.itemsize
-        if rows.dtype != self.dtype or not rows.is_contiguous():
-            raise ValueError(f"{name}: {rows.dtype} rows for a file of {self.dtype}")
+        """Rows from `start` of a tensor, contiguous and in the dtype it is written in."""
+        dtype = self._dtypes[name]
+        width = math.prod(self._shapes[name][1:]) * dtype.itemsize
+        if rows.dtype != dtype or not rows.is_contiguous():
+            raise ValueError(f"{name}: {rows.dtype} rows for a tensor of {dtype}")
         write_all(self._descriptor, bytes_of(rows), self._start + self._offsets[name] + start * width)
 
     def finish(self, sync: Callable[[int], None] = os.fsync) -> None:
@@ -254,14 +260,18 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
+def _itemsize(itemsize: int | Mapping[str, int], name: str) -> int:
+    return itemsize if isinstance(itemsize, int) else itemsize[name]
+
+
 def shards(
-    shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int
+    shapes: dict[str, tuple[int, ...]], itemsize: int | Mapping[str, int], limit: int
 ) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
     """Consecutive tensors grouped into files of at most `limit` bytes, unless one tensor is larger: (name, tensors)."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        size = itemsize * math.prod(shape)
+        size = _itemsize(itemsize, name) * math.prod(shape)
         if groups[-1] and filled + size > limit:
             groups.append({})
             filled = 0
@@ -272,8 +282,11 @@ def shards(
     return [(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]
 
 
-def index_of(files: list[tuple[str, dict[str, tuple[int, ...]]]], itemsize: int) -> dict[str, Any]:
+def index_of(
+    files: list[tuple[str, dict[str, tuple[int, ...]]]], itemsize: int | Mapping[str, int]
+) -> dict[str, Any]:
     """The content of model.safetensors.index.json."""
-    total = sum(itemsize * math.prod(shape) for _, tensors in files for shape in tensors.values())
+    held = [pair for _, tensors in files for pair in tensors.items()]
+    total = sum(_itemsize(itemsize, name) * math.prod(shape) for name, shape in held)
     weight_map = {name: file for file, tensors in files for name in tensors}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}

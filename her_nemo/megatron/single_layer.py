@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from her_nemo.megatron import qwen3
+from her_nemo.megatron import platform, qwen3
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import STORED_AS
 from her_nemo.megatron.torch_dist import TorchDist
@@ -57,19 +57,20 @@ class SingleLayer:
     def attention(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """What attention adds to the residual stream [B, S, H], its norm included."""
         layer = self._module.decoder.layers[0]
-        hidden = hidden_BSH.transpose(0, 1).contiguous()
+        hidden = hidden_BSH.transpose(0, 1).contiguous().to(platform.device())
         rotary = self._module.rotary_pos_emb(hidden.shape[0])
         found, _ = layer.self_attention(
             layer.input_layernorm(hidden), attention_mask=None, rotary_pos_emb=rotary
         )
-        return found.transpose(0, 1)
+        return found.transpose(0, 1).cpu()
 
     @torch.no_grad()
     def mlp(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """What the feed-forward adds to the residual stream [B, S, H], its norm included."""
         layer = self._module.decoder.layers[0]
-        found, _ = layer.mlp(layer.pre_mlp_layernorm(hidden_BSH.transpose(0, 1).contiguous()))
-        return found.transpose(0, 1)
+        hidden = hidden_BSH.transpose(0, 1).contiguous().to(platform.device())
+        found, _ = layer.mlp(layer.pre_mlp_layernorm(hidden))
+        return found.transpose(0, 1).cpu()
 
     @torch.no_grad()
     def head_outputs(self, hidden_BSH: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -78,7 +79,8 @@ class SingleLayer:
         norm.weight.copy_(self._read("decoder.final_layernorm.weight", None))
         key = _EMBEDDING if self.head == "lm" and self.shape.tied else _OUTPUT
         weight = self._rows(key, rows if self.head == "lm" else [0])
-        return torch.nn.functional.linear(norm(hidden_BSH), weight)
+        last = norm(hidden_BSH.to(platform.device())).cpu()
+        return torch.nn.functional.linear(last, weight)
 
     def embeddings(self, rows: list[int]) -> torch.Tensor:
         """Rows of the embedding [len(rows), H]."""

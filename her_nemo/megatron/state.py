@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
@@ -33,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from her_nemo.config import lora as adapter_config
 from her_nemo.config.errors import UserError
 from her_nemo.config.lora import Lora
-from her_nemo.megatron import adapters, parallel
+from her_nemo.megatron import adapters, fp8_state, parallel
 from her_nemo.megatron.optimizer import Scheduler
+from her_nemo.megatron.precision import remember
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.torch_dist import INDEX, read_index
 from her_nemo.megatron.weights import zero_vocabulary_padding
@@ -105,7 +107,10 @@ def save(
     parallel.barrier()
     content = _sharded(model, optimizer, only_adapters=model.lora is not None, is_loading=False)
     dist_checkpointing.save(content, str(directory), sharded_strategy=_InProcessSave())
-    save_file(_random_state(), directory / _rng_file())
+    save_file(_random_state(), directory / _own_file("rng"))
+    scales = fp8_state.collect(model.bare())
+    if scales:
+        save_file(scales, directory / _own_file("fp8"))
     if parallel.is_main():
         described = describe(
             model.shape,
@@ -198,6 +203,9 @@ def load(
     with _refused_pickles(directory):
         loaded = dist_checkpointing.load(content, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     model.bare().load_state_dict(loaded["model"], strict=False)
+    for name, parameter in model.bare().named_parameters():
+        if torch.is_tensor(loaded["model"].get(name)):
+            remember(parameter, loaded["model"][name])
     if new_head and parallel.is_last_stage():
         model.bare().output_layer.reset()
     zero_vocabulary_padding(model)
@@ -207,8 +215,12 @@ def load(
         if found["scheduler"] is None:
             raise UserError(f"{directory} was saved without a scheduler: it holds weights, not a run to continue")
         scheduler.load_state_dict(found["scheduler"])
-    if (restore_rng if restore_rng is not None else optimizer is not None) and found["layout"] == _layout():
-        _set_random_state(load_file(directory / _rng_file()))
+    same_layout = found["layout"] == _layout()
+    if (restore_rng if restore_rng is not None else optimizer is not None) and same_layout:
+        _set_random_state(load_file(directory / _own_file("rng")))
+    scales = directory / _own_file("fp8")
+    if optimizer is not None and same_layout and scales.is_file() and model.config.fp8_recipe == "delayed":
+        fp8_state.restore(model.bare(), load_file(scales), get_fp8_recipe(model.config))
     parallel.barrier()
     return found["extra"]
 
@@ -259,7 +271,7 @@ def _sharded(
 ) -> dict[str, Any]:
     """What this rank holds of the adapters or else of the base, as megatron-core's sharded state dict, tensors only."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    # Non-tensor entries are Transformer Engine's pickled extra states, which only FP8 recipes fill.
+    # Non-tensor entries are Transformer Engine's pickled extra states; fp8_state saves what they would hold.
     weights, _ = extract_matching_values(
         model.bare().sharded_state_dict(metadata=metadata), lambda value: not isinstance(value, ShardedObject)
     )
@@ -281,9 +293,9 @@ def _layout() -> dict[str, int]:
 # ---------------------------------------------------------------- random state
 
 
-def _rng_file() -> str:
-    rank = torch.distributed.get_rank()
-    return f"rng_{rank:05d}.safetensors"
+def _own_file(what: str) -> str:
+    """The file of this rank's own state."""
+    return f"{what}_{torch.distributed.get_rank():05d}.safetensors"
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -314,8 +326,12 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-    tracked = {name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")}
-    get_cuda_rng_tracker().set_states(tracked)
+    # Generators of a CPU and of a GPU have states of different sizes: from the other kind of device, the tracked
+    # ones stay as they were seeded.
+    mine = get_cuda_rng_tracker().get_states()
+    saved = {name: state.get(f"tracker.{name}", value) for name, value in mine.items()}
+    if all(saved[name].numel() == value.numel() for name, value in mine.items()):
+        get_cuda_rng_tracker().set_states(saved)
 
 
 # ---------------------------------------------------------------- no free unpickling

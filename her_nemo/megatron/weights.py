@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import adapters, parallel, platform, safetensors_files
+from her_nemo.megatron.precision import fill
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import (
     EMBEDDING,
@@ -135,7 +136,7 @@ def load_tensors(model: Model, held: NamedTensors) -> None:
             raise RuntimeError(
                 f"{name}: built {tuple(local.shape)}, the parameter is {tuple(parameter.shape)}"
             )
-        parameter.copy_(local.to(parameter.dtype))
+        fill(parameter, local)
 
 
 @torch.no_grad()

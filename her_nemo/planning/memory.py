@@ -24,7 +24,7 @@ from her_nemo.planning.shapes import (
     stage_parameters,
 )
 
-FP32 = 4
+FP32, FP8 = 4, 1
 PARAMETER_BYTES = {"32": 4, "bf16": 2, "bf16-mixed": 2}
 GRADIENT_BYTES = {"32": 4, "bf16": 2, "bf16-mixed": 4}
 
@@ -77,27 +77,36 @@ def model_bytes(
     divisible_by: int = 128,
     overlap: bool = True,
     lora: Lora | None = None,
+    fp8: bool = False,
+    fp8_params: bool = False,
 ) -> ModelBytes:
     """Bytes of one model on the rank of `stage` and `data_rank`. Exact for megatron-core 0.16.1.
 
     `distributed`: optimizer states sharded over the replicas (optim.name=distributed_fused_adam).
     `lora`: adapters, which alone have gradients and optimizer states then.
     `overlap`: gradient reduction overlapped, as it is on CUDA with more than one replica.
+    `fp8`, `fp8_params`: what Transformer Engine keeps besides, or instead; from reading its modules, never measured.
     """
     parameters = stage_parameters(shape, layout, stage, head=head, divisible_by=divisible_by)
     count = sum(parameter.elements for parameter in parameters)
     size = PARAMETER_BYTES[precision]
     frozen = 0
+    matrices = shape.layer_matrix_elements // layout.tensor * (shape.num_layers // layout.pipeline)
+    # FP8 copies of the layers' matrices, kept from the first micro-batch on; for the backward also transposed. Weights
+    # kept in FP8 are those copies, and their own two bytes go.
+    copies = matrices * (2 if trainable else 1) * FP8 if fp8 else 0
+    if fp8 and fp8_params:
+        copies -= matrices * size
     if lora is not None:
         frozen = count * size
         parameters = adapter_parameters(shape, layout, lora)
         count = sum(parameter.elements for parameter in parameters)
     if not trainable:
-        return ModelBytes(frozen + count * size, 0, 0, 0)
+        return ModelBytes(frozen + count * size + copies, 0, 0, 0)
     limit = bucket_limit(layout, stage, overlap=overlap and layout.shards > 1)
     held = buffer(parameters, layout.shards, distributed=distributed, bucket_elements=limit)
     # The distributed optimizer moves the weights into a buffer laid out like the gradients'.
-    weights = frozen + (held.elements if distributed else count) * size
+    weights = frozen + (held.elements if distributed else count) * size + copies
     stepped = held.shard_elements(data_rank, layout.shards) if distributed else count
     main = 0 if precision == "32" else stepped * FP32
     return ModelBytes(weights, held.elements * GRADIENT_BYTES[precision], main, stepped * 2 * FP32)
@@ -108,7 +117,7 @@ def model_bytes(
 
 def layer_activations(
     shape: Shape, layout: Layout, *, sequence: int, batch: int, precision: str, kernels: Kernels,
-    lora: Lora | None = None,
+    lora: Lora | None = None, fp8: bool = False,
 ) -> int:  # fmt: skip
     """Bytes one transformer layer keeps for the backward of one micro-batch of batch x sequence tokens.
 
@@ -134,7 +143,11 @@ def layer_activations(
         # feed-forward's input of SwiGLU (up) and of its last matrix.
         norms = outer * (4 * h * e + 2 * FP32)
         attention = tokens * (3 * q + 3 * g) * e + tokens * (heads + groups) * FP32 + softmax
-        return norms + attention + tokens * (up + f) * e + low
+        kept = norms + attention + tokens * (up + f) * e + low
+        if fp8:
+            # Inputs of the four matrices are kept in FP8; the attention's output stays beside its copy, for itself.
+            kept += outer * 2 * h * (FP8 - e) + tokens * q * FP8 + tokens * f * (FP8 - e)
+        return kept
     # Plain RMSNorm keeps its fp32 input, the fp32 normalised input and 1/rms; its output is the matrix's input.
     norms = outer * (2 * (2 * h * FP32 + h * e) + 2 * FP32)
     qk = tokens * (2 * (q + g) * FP32 + (heads + groups) * FP32)
@@ -204,13 +217,14 @@ def stage_activations(
     recompute: Recompute | None = None,
     divisible_by: int = 128,
     lora: Lora | None = None,
+    fp8: bool = False,
 ) -> tuple[int, int]:
     """(bytes kept per micro-batch in flight, bytes of the layers being redone) on a rank of `stage`."""
     recompute = recompute or Recompute()
     layers = shape.num_layers // layout.pipeline
     tokens = sequence * batch
     one = layer_activations(
-        shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels, lora=lora
+        shape, layout, sequence=sequence, batch=batch, precision=precision, kernels=kernels, lora=lora, fp8=fp8
     )
     boundary = boundary_bytes(shape, layout, tokens=tokens, precision=precision)
     working = 0

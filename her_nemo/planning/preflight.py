@@ -31,7 +31,7 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
-from her_nemo.planning import adapter_checks, data_checks
+from her_nemo.planning import adapter_checks, data_checks, precision_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -46,6 +46,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*found, *_agreement(config.model, shape), *_layout(config.model, shape)]
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
         problems += [*_lengths(config.model, shape), *_recompute(config.model)]
+        problems += precision_checks.check(config, shape | config.model.architecture())
     if isinstance(config, SftConfig | PpoConfig):
         problems += adapter_checks.check(config)
     if isinstance(config, PpoConfig):
@@ -287,6 +288,7 @@ def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, 
     yield from _layout(config.model, shape)
     if isinstance(config, ExportConfig):
         yield from _processes(config, environment)
+        yield from precision_checks.export(config, shape | config.model.architecture())
     yield from _target("out", config.out)
     tokenizer = config.tokenizer if isinstance(config, ExportConfig) else config.model.tokenizer.path
     if tokenizer is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from her_nemo.planning import precision_checks
 from her_nemo.planning.preflight import data_parallel_size
 from her_nemo.planning.shapes import Shape
 from her_nemo.planning.stages import StagePlan, TrainingConfig, plan
@@ -66,6 +67,8 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
     ):
         return False
     if shape.num_layers % pipeline or trainer.world_size % (tensor * pipeline):
+        return False
+    if model.fp8 and precision_checks.misfits(model, vars(shape)):
         return False
     data = data_parallel_size(config)
     if model.global_batch_size % (data * model.micro_batch_size):

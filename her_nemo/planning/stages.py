@@ -128,14 +128,17 @@ class Planner:
 
     def work(self, head: Head = "lm") -> Work:
         """For the time model. Our configuration of megatron-core overlaps neither TP traffic nor the all-gather."""
+        kept = min(sum(self.model.layers_in_bf16), self.shape.num_layers)
         return Work(
-            self.shape, self.layout, self.machine, self.precision, head=head, recompute=self.recompute
-        )
+            self.shape, self.layout, self.machine, self.precision, head=head, recompute=self.recompute,
+            fp8=self.model.fp8, fp8_share=1.0 - kept / self.shape.num_layers,
+        )  # fmt: skip
 
     def held(self, part: Part, stage: int) -> ModelBytes:
         return memory.model_bytes(
             self.shape, self.layout, stage, head=part.head, precision=self.precision, trainable=part.trainable,
             distributed=part.distributed, divisible_by=self.model.make_vocab_size_divisible_by, lora=part.lora,
+            fp8=self.model.fp8, fp8_params=self.model.fp8_params,
         )  # fmt: skip
 
     @property
@@ -159,7 +162,7 @@ class Planner:
         divisible = self.model.make_vocab_size_divisible_by
         kept, working = memory.stage_activations(
             self.shape, self.layout, stage, sequence=length, batch=sequences, recompute=self.recompute,
-            divisible_by=divisible, lora=lora, **common,
+            divisible_by=divisible, lora=lora, fp8=self.model.fp8, **common,
         )  # fmt: skip
         needed = kept * memory.in_flight(self.layout, stage, micro_batches) + working
         tokens = length * sequences

@@ -40,6 +40,7 @@ class Work:
     machine: Machine
     precision: str = "bf16"
     fp8: bool = False
+    fp8_share: float = 1.0  # of the layers; the others stay in bf16
     head: Head = "lm"
     recompute: Recompute = NO_RECOMPUTE
     tensor_overlap: bool = False  # Transformer Engine's overlap of tensor-parallel traffic
@@ -112,7 +113,10 @@ def _pass_seconds(
     speed = gpu.bf16 * cal.MATRIX_EFFICIENCY
     if work.precision == "32":
         speed = gpu.bf16 / 2 * cal.MATRIX_EFFICIENCY  # TF32: half of bf16's peak
-    fast = gpu.fp8 * cal.MATRIX_EFFICIENCY_FP8 if work.fp8 else speed
+    fast = speed
+    if work.fp8:
+        fp8_speed = gpu.fp8 * cal.MATRIX_EFFICIENCY_FP8
+        fast = 1.0 / (work.fp8_share / fp8_speed + (1.0 - work.fp8_share) / speed)
     matrices = mine / layout.tensor * (layers * layer * (factor + redone) / fast + top * factor / speed)
     attention = mine / layout.tensor * layers * attention_flops(shape, length) * (factor + redone_attention)
     attention /= gpu.bf16 * cal.ATTENTION_EFFICIENCY

@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from her_nemo.megatron import forward, parallel, weights
+from her_nemo.megatron.block_fp8 import opened
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import EMBEDDING, FINAL_NORM, LM_HEAD, SCORE, hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
@@ -209,7 +210,7 @@ def layers_agree(
     directory: Path, config: Qwen3Config, megatron: SingleLayer, count: int, tolerance: float, found: Findings
 ) -> None:
     """Sampled layers, the embedding and the head compute in transformers what they compute in megatron-core."""
-    written = HfTensors(directory)
+    written = opened(HfTensors(directory))
     written_layers_agree(written, config, megatron, count, tolerance, found)
     written.close()
 

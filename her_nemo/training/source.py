@@ -19,6 +19,7 @@ from her_nemo.config.lora import Lora
 from her_nemo.megatron import qwen3, state, weights
 from her_nemo.megatron.adapter_files import AdapterTensors, MegatronRows, MergedTensors, sampled_digest
 from her_nemo.megatron.conversion import source_identity
+from her_nemo.megatron.precision import from_config
 from her_nemo.megatron.qwen3 import Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors
@@ -164,7 +165,7 @@ def build(
     model = qwen3.build(
         source.shape,
         head=head,
-        dtype=precision,
+        dtype=from_config(precision, layout),
         sequence_parallel=layout.sequence_parallel,
         trainable=trainable,
         lora=lora,
