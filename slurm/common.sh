@@ -116,7 +116,12 @@ her_nemo_wait() {
 }
 
 # Back to the queue: the same job, the same overrides, the same run directory, so that it goes on from the checkpoint.
+# But not if somebody has cancelled it: scancel sends this shell the same signal.
 her_nemo_requeue() {
+    if [[ "$(scontrol show job --oneliner "${SLURM_JOB_ID}")" == *" JobState=CANCELLED "* ]]; then
+        echo "her-nemo: cancelled"
+        return 0
+    fi
     if ((HER_NEMO_START >= ${HER_NEMO_MAX_RESTARTS:-100})); then
         echo "her-nemo: stopped, and not requeued: this was restart ${HER_NEMO_START} (HER_NEMO_MAX_RESTARTS)"
         return 3

@@ -15,6 +15,9 @@ if ! [[ "${VLLM_NODES}" =~ ^[0-9]+$ ]]; then
 fi
 VLLM_PORT="${VLLM_PORT:-8000}"
 VLLM_DEADLINE="${VLLM_DEADLINE:-900}"
+# What common.sh sets for megatron-core: one connection slows vLLM down, its memory pools do not go with expandable
+# segments, and the ranks' meeting place is not the server's.
+HER_NEMO_NOT_FOR_VLLM=(-u CUDA_DEVICE_MAX_CONNECTIONS -u PYTORCH_CUDA_ALLOC_CONF -u MASTER_ADDR -u MASTER_PORT)
 
 # Everything that is wrong with the variables above, at once. Part of the preflight.
 her_nemo_check_servers() {
@@ -46,7 +49,7 @@ her_nemo_start_servers() {
         --nodelist="$(her_nemo_join "${nodes[@]}")" \
         --cpus-per-task="$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))" --kill-on-bad-exit=1 \
         --output="${HER_NEMO_LOGS}/vllm_%n_${HER_NEMO_START}.txt" "${HER_NEMO_SRUN[@]}" \
-        "${HER_NEMO_PYTHON}" -m vllm.entrypoints.openai.api_server --model "${VLLM_MODEL}" --host 0.0.0.0 \
+        env "${HER_NEMO_NOT_FOR_VLLM[@]}" "${HER_NEMO_PYTHON}" -m vllm.entrypoints.openai.api_server --model "${VLLM_MODEL}" --host 0.0.0.0 \
         --port "${VLLM_PORT}" --tensor-parallel-size "${VLLM_TP:-${SLURM_GPUS_ON_NODE:-1}}" "${arguments[@]}" &
     HER_NEMO_SERVERS=$!
 }
