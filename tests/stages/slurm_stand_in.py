@@ -1,6 +1,6 @@
 """Stand-ins for srun, squeue, scontrol and scancel that start, list and signal real processes on this machine.
 
-For machines without Slurm; test_real_slurm.py is the same with Slurm itself. `install(folder)` writes the commands there.
+For machines without Slurm; test_real_slurm.py is the same with Slurm itself. `install(folder)` writes the commands.
 srun starts its tasks with Slurm's variables and labels their output; squeue lists the steps that run; scancel signals a
 step's tasks; `scontrol requeue` is written down.
 """
