@@ -42,7 +42,7 @@ ONE_JOB = "actor, critic, reference and reward model share one job; there are no
 NO_TRT = "TensorRT-LLM is not used: the actor itself generates"
 KERNELS = "which kernels run is decided by what is installed (Transformer Engine or plain torch)"
 ROWS = "rows are conversations in docs/data.md's form, written out with one template"
-NEWEST = "the newest save_top_k checkpoints are kept, each a directory of its own"
+NEWEST = "save_top_k checkpoints are kept and the newest, each a directory of its own"
 NO_LORA = "this stage trains all weights"
 ONLY_LORA = "of the parameter-efficient schemes LoRA is built"
 LOOPS = ("sft", "rm", "ppo")
@@ -207,7 +207,7 @@ _drop(
 _drop(NEWEST, "exp_manager.create_checkpoint_callback")
 _drop(
     NEWEST,
-    "monitor mode filename save_last save_nemo_on_train_end always_save_nemo save_best_model model_parallel_size "
+    "filename save_last save_nemo_on_train_end always_save_nemo save_best_model model_parallel_size "
     "every_n_train_steps",
     under="exp_manager.checkpoint_callback_params.",
 )
@@ -234,6 +234,12 @@ VALUES: dict[str, dict[Any, Any]] = {
         "megatron_fused_adam": "fused_adam",
     },
     "trainer.precision": {"bf16-true": "bf16"},
+    "exp_manager.checkpoint_callback_params.monitor": {
+        "val_loss": "val/loss",
+        "validation_loss": "val/loss",
+        "val_rewards": "val_rollouts/rewards",
+        "val_global_rewards": "val_rollouts/rewards",
+    },
 }
 
 

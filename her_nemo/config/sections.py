@@ -288,7 +288,17 @@ class Tokenizer(Section):
 class CheckpointCallbackParams(Section):
     """`exp_manager.checkpoint_callback_params.*`."""
 
-    save_top_k: Annotated[int, Field(ge=-1)] = knob(2, "Newest checkpoints kept; -1 keeps all, 0 saves none.")
+    save_top_k: Annotated[int, Field(ge=-1)] = knob(
+        2,
+        "How many checkpoints are kept: the newest, or with monitor the best and beside them the newest, which a run "
+        "goes on from. -1 keeps all, 0 saves none.",
+    )
+    monitor: str | None = knob(
+        None,
+        "The validation metric by which checkpoints are the best, e.g. val/loss, val/accuracy (reward) or "
+        "val_rollouts/rewards (ppo); checkpoints/best names the best one. null keeps the newest.",
+    )
+    mode: Literal["min", "max"] = knob("min", "With monitor: whether the smallest or the largest value is the best.")
 
 
 class ExpManager(Section):

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from her_nemo.config import arguments, partial
 from her_nemo.config.architecture import Shape as ArchitectureKeys
-from her_nemo.config.architecture import architecture_from_hf, architecture_from_megatron, megatron_manifest
-from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.errors import ConfigErrors, Problem, UserError, spoken
 from her_nemo.config.problems import MISSING
 from her_nemo.config.schema import ARCHITECTURE_KEYS, PpoConfig, RewardConfig, SftConfig
 from her_nemo.planning import preflight, preflight_files, published, search, stages
@@ -68,12 +66,13 @@ def main(words: list[str]) -> int:
     if words[0] == "--published":
         print(published.table())
         return 0
-    typed = arguments.parse(words[1:], "her-nemo plan", flags=FLAGS, options=["--length"])
+    stage, words = words[0], words[1:]
+    if stage == "data" and words:  # `plan data ingest` as `data ingest`
+        stage, words = f"data_{words[0]}", words[1:]
+    typed = arguments.parse(words, "her-nemo plan", flags=FLAGS, options=["--length"])
     options = dict(typed.options)
     length = _positive(options.pop("length", None))
-    answer = answer_for(
-        words[0], typed.overrides, length=length, search_layouts="search" in typed.flags, **options
-    )
+    answer = answer_for(stage, typed.overrides, length=length, search_layouts="search" in typed.flags, **options)
     if "strict" in typed.flags:
         hint = "add {}=... to the command line"
         answer.problems += [Problem(key, MISSING, "", hint.format(key)) for key in answer.to_give]
@@ -105,7 +104,8 @@ def answer_for(
     problems += [found for found in checked if found.key not in to_give]
     answer = Answer(stage, problems, to_give)
     if not isinstance(config, SftConfig | RewardConfig | PpoConfig):
-        answer.notes.append(f"{stage}: preflight only; memory and time are planned for sft, reward and ppo")
+        answer.problems += preflight_files.check_others(config)
+        answer.notes.append(f"{spoken(stage)}: preflight only; memory and time are planned for sft, reward and ppo")
         return answer
     architecture = _architecture(config)
     answer.problems += [
@@ -149,15 +149,7 @@ def _about_this_machine(problem: Problem, config: Any) -> bool:
 
 def _architecture(config: Any) -> ArchitectureKeys:
     """Keys given, over those of the checkpoint where it is there to read."""
-    path = Path(config.pretrained_checkpoint.restore_from_path)
-    shape: ArchitectureKeys = {}
-    try:
-        if (path / "config.json").is_file():
-            shape = architecture_from_hf(path)
-        elif megatron_manifest(path) is not None:
-            shape = architecture_from_megatron(path)
-    except UserError:
-        shape = {}  # preflight has said what is wrong with it
+    shape = preflight_files.architecture_of(config.pretrained_checkpoint.restore_from_path)
     return shape | config.model.architecture()
 
 
@@ -197,7 +189,7 @@ def as_text(answer: Answer) -> str:
     if answer.problems:
         lines.append(str(ConfigErrors(answer.problems, stage=answer.stage)))
     else:
-        lines.append(f"preflight of {answer.stage}: nothing wrong")
+        lines.append(f"preflight of {spoken(answer.stage)}: nothing wrong")
     if answer.to_give:
         lines.append("still to give: " + ", ".join(answer.to_give))
     if answer.plan is not None:

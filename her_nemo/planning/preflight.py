@@ -15,7 +15,7 @@ from her_nemo.config.architecture import (
     megatron_manifest,
 )
 from her_nemo.config.compose import load
-from her_nemo.config.errors import ConfigErrors, Problem, UserError
+from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -31,7 +31,9 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
+from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.planning import adapter_checks, data_checks, precision_checks
+from her_nemo.roleplay.kinds import Kind
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -45,12 +47,12 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         )
         problems += [*found, *_agreement(config.model, shape), *_layout(config.model, shape)]
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
-        problems += [*_lengths(config.model, shape), *_recompute(config.model)]
+        problems += [*_lengths(config.model, shape), *_recompute(config.model), *_monitor(config)]
         problems += precision_checks.check(config, shape | config.model.architecture())
     if isinstance(config, SftConfig | PpoConfig):
         problems += adapter_checks.check(config)
     if isinstance(config, PpoConfig):
-        problems += _ppo(config)
+        problems += [*_ppo(config), *_scorers(config, shape | config.model.architecture())]
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
@@ -61,6 +63,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _demo(config)
     if isinstance(config, IngestConfig):
         problems += data_checks.ingest(config)
+    if isinstance(config, SynthesiseConfig):
+        problems += data_checks.synthesise(config, environment or {})
     if isinstance(config, InspectConfig):
         problems += data_checks.inspect(config)
         if config.tokenizer is not None:
@@ -98,8 +102,14 @@ def _agreement(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
 
 
 def _layout(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
-    """TP divides heads, groups and the feed-forward; PP divides the layers."""
-    shape = shape | model.architecture()
+    """TP divides heads, groups and the feed-forward; PP divides the layers; sequence parallelism has a TP."""
+    yield from _cut(model, shape | model.architecture())
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        hint = f"set model.sequence_parallel=false, or {TP} to 2 or more"
+        yield Problem("model.sequence_parallel", f"needs tensor parallelism, but {TP} is 1", hint=hint)
+
+
+def _cut(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         count = shape.get(name)
@@ -112,9 +122,6 @@ def _layout(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
         yield Problem(
             PP, f"{pp} does not divide model.num_layers = {layers}", hint=_use_divisor(PP, int(layers), pp)
         )
-    if model.sequence_parallel and tp == 1:
-        hint = f"set model.sequence_parallel=false, or {TP} to 2 or more"
-        yield Problem("model.sequence_parallel", f"needs tensor parallelism, but {TP} is 1", hint=hint)
 
 
 def _use_divisor(key: str, count: int, given: int) -> str:
@@ -232,15 +239,42 @@ def _recompute(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(key, text, hint=f"set {key}=full, or leave both out")
 
 
+# ---------------------------------------------------------------- keeping the best checkpoints
+
+_OF_ROLLOUTS = ("rewards", "response_lengths", "finished")
+
+
+def _monitor(config: SftConfig | RewardConfig | PpoConfig) -> Iterator[Problem]:
+    """The metric is one that validation measures, and it is measured whenever a checkpoint is written."""
+    name = config.exp_manager.checkpoint_callback_params.monitor
+    if name is None:
+        return
+    key = "exp_manager.checkpoint_callback_params.monitor"
+    if isinstance(config, PpoConfig):
+        loop, at, known = config.trainer.ppo, "trainer.ppo", [f"val_rollouts/{word}" for word in _OF_ROLLOUTS]
+    elif isinstance(config, RewardConfig):
+        loop, at, known = config.trainer.rm, "trainer.rm", ["val/loss", "val/accuracy", "val/margin", "val/score_mean"]
+    else:
+        loop, at = config.trainer.sft, "trainer.sft"
+        known = ["val/loss", *(f"val_layers/{kind.value}/loss" for kind in Kind)]
+    if name not in known:
+        close = nearest(name, known)
+        hint = f"did you mean {close}?" if close else f"use {' or '.join(known)}"
+        yield Problem(key, f"no validation metric {name!r}", hint=hint)
+    if config.model.data.validation_ds.file_path is None:
+        hint = f"give model.data.validation_ds.file_path, or set {key}=null to keep the newest checkpoints"
+        yield Problem(key, "nothing measures it: there is no validation file", hint=hint)
+    elif loop.save_interval % loop.val_check_interval:
+        text = f"{loop.save_interval} is not a multiple of {at}.val_check_interval = {loop.val_check_interval}: "
+        hint = f"use {-(-loop.save_interval // loop.val_check_interval) * loop.val_check_interval}"
+        yield Problem(f"{at}.save_interval", text + f"{name} would not be measured where it is saved", hint=hint)
+
+
 # ---------------------------------------------------------------- stages of their own
 
 
 def _ppo(config: PpoConfig) -> Iterator[Problem]:
     ppo, model, data = config.model.ppo, config.model, data_parallel_size(config)
-    _, found = _source("reward.restore_from_path", config.reward.restore_from_path)
-    yield from found
-    if config.critic.restore_from_path is not None:
-        yield from _source("critic.restore_from_path", config.critic.restore_from_path)[1]
     if ppo.num_rollout_samples % model.global_batch_size:
         above = -(-ppo.num_rollout_samples // model.global_batch_size) * model.global_batch_size
         text = f"{ppo.num_rollout_samples} is not a multiple of model.global_batch_size = {model.global_batch_size}"
@@ -265,6 +299,25 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
     if padded is not None and padded < total:
         text = f"{padded} is less than the longest prompt + response, model.encoder_seq_length = {total}"
         yield Problem("trainer.ppo.rollout_batch_seq_length", text, hint=f"use {total}, or null")
+
+
+def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:
+    """Reward model and critic: they are there, read the actor's tokens, and can be cut up as the actor is."""
+    paths = {
+        "reward.restore_from_path": config.reward.restore_from_path,
+        "critic.restore_from_path": config.critic.restore_from_path,
+    }
+    for key, path in paths.items():
+        if path is None:
+            continue
+        shape, found = _source(key, path)
+        yield from found
+        rows = shape.get("vocab_size")
+        if rows is not None and rows != actor.get("vocab_size", rows):
+            text = f"{path}: has a vocabulary of {rows}, but the actor's is {actor['vocab_size']}"
+            yield Problem(key, text, hint="give one that was trained from the same tokenizer")
+        for problem in _cut(config.model, shape):
+            yield Problem(key, f"{path}: {problem.key}: {problem.message}", hint=problem.hint)
 
 
 def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, str]) -> Iterator[Problem]:

@@ -3,12 +3,14 @@
 <run>/checkpoints/step_00000100/            tensors (torch_dist), counters, tokenizer
 <run>/checkpoints/step_00000100/manifest.json   written last: no manifest, no checkpoint
 <run>/checkpoints/latest                    one line, replaced atomically
+<run>/checkpoints/best                      likewise, where a metric is monitored
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,9 +23,11 @@ from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel
 
 MANIFEST = "manifest.json"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 FORMAT = 1
 TOKENIZER_DIR = "tokenizer"
+# Of a manifest's counters: the monitored metric as it was measured at that step.
+MONITORED = "monitored"
 _NOT_A_TOKENIZER = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf"),
     *(".git", ".cache", "proof.json"),
@@ -158,24 +162,59 @@ def step_directory(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def publish(run_dir: Path, step: int, keep: int) -> None:
-    """Point `latest` at `step` and remove all but the newest `keep` finished checkpoints (-1 keeps all)."""
+@dataclass(frozen=True)
+class Monitor:
+    """The metric by which checkpoints are better than others, and which way."""
+
+    name: str
+    largest: bool
+
+    def rank(self, directory: Path) -> tuple[float, int]:
+        """Of a finished checkpoint, for sorting: the best last, of equals the newer; those without the metric first."""
+        body = json.loads((directory / MANIFEST).read_text())
+        value = body["counters"].get(MONITORED, {}).get(self.name)
+        if value is None or not math.isfinite(value):
+            return -math.inf, body["step"]
+        return (value if self.largest else -value), body["step"]
+
+    def measured(self, directory: Path) -> bool:
+        """Whether the metric was measured at that checkpoint's step."""
+        return self.rank(directory)[0] > -math.inf
+
+
+def publish(run_dir: Path, step: int, keep: int, monitor: Monitor | None = None) -> None:
+    """Point `latest` at `step` and remove all but `keep` finished checkpoints (-1 keeps all).
+
+    The newest are kept; with `monitor` the best, which `best` then names, and besides them the newest: the run goes
+    on from it.
+    """
     if not parallel.is_main():
         return
     directory = step_directory(run_dir, step)
     _replace(directory.parent / LATEST, directory.name + "\n")
-    finished = sorted(
+    doomed = _finished(run_dir)
+    if monitor is not None:
+        doomed.sort(key=monitor.rank)
+        if monitor.measured(doomed[-1]):
+            _replace(directory.parent / BEST, doomed[-1].name + "\n")
+    for old in doomed[:-keep] if keep > 0 else []:
+        if old == directory:
+            continue
+        # The manifest goes first, so that a half-removed checkpoint is no checkpoint.
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old)
+
+
+def _finished(run_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(
         (
             entry
-            for entry in directory.parent.iterdir()
+            for entry in (run_dir / "checkpoints").iterdir()
             if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()
         ),
         key=lambda entry: int(entry.name.removeprefix("step_")),
     )
-    for old in finished[:-keep] if keep > 0 else []:
-        # The manifest goes first, so that a half-removed checkpoint is no checkpoint.
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
 
 
 def copy_tokenizer(tokenizer: Path, directory: Path) -> None:

@@ -31,6 +31,7 @@ class MetricLogger:
     def __init__(self, run_dir: Path, *, enabled: bool, resumed_step: int = 0) -> None:
         self._writer: SummaryWriter | None = None
         self._lines = None
+        self.measured: dict[str, tuple[int, float]] = {}  # tag -> (step, value), of the last time; on the main rank
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ class MetricLogger:
             return
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
+            self.measured[tag] = step, float(value)
             written = float(value) if math.isfinite(value) else None
             self._lines.write(json.dumps({"step": step, "tag": tag, "value": written}) + "\n")
         self._lines.flush()

@@ -51,6 +51,8 @@ class Run:
         resumed = self._manifest.step if self._manifest else 0
         self.metrics = MetricLogger(self.directory, enabled=self.main, resumed_step=resumed)
         self._saved_step = resumed
+        keeping = cfg.exp_manager.checkpoint_callback_params
+        self._monitor = checkpoint.Monitor(keeping.monitor, keeping.mode == "max") if keeping.monitor else None
         if self.main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
 
@@ -135,12 +137,18 @@ class Run:
             step,
             save_tensors,
             models={learner.name: sources.describe(learner.model) for learner in self._learners},
-            counters={"order": self._order.state_dict(), "summary": self.summary},
+            counters={"order": self._order.state_dict(), "summary": self.summary, **self._monitored(step)},
             config=self.cfg.model_dump(),
             tokenizer=self.tokenizer,
         )
-        checkpoint.publish(self.directory, step, keep)
+        checkpoint.publish(self.directory, step, keep, self._monitor)
         self._saved_step = step
+
+    def _monitored(self, step: int) -> dict[str, Any]:
+        """For the manifest: the monitored metric, if it was measured at this step."""
+        if self._monitor is None or self.metrics.measured.get(self._monitor.name, (0, 0.0))[0] != step:
+            return {}
+        return {checkpoint.MONITORED: {self._monitor.name: self.metrics.measured[self._monitor.name][1]}}
 
     def finish(self, seconds: float) -> None:
         """Write `summary.json` and say where everything lies."""

@@ -131,8 +131,11 @@ def test_a_file_of_theirs_runs_and_everything_is_said(tmp_path: Path) -> None:
     said = "\n".join(notes)
     assert "model.restore_from_path -> pretrained_checkpoint.restore_from_path" in said
     for key in ("trainer.logger", "model.megatron_amp_O2", "model.data.chat", "model.peft.lora_tuning.weight_tying",
-                "inference.greedy", "exp_manager.checkpoint_callback_params.monitor"):  # fmt: skip
+                "inference.greedy"):  # fmt: skip
         assert f"{key} has no effect: " in said
+    assert "exp_manager.checkpoint_callback_params.monitor: val_loss -> val/loss" in said
+    keeping = config.exp_manager.checkpoint_callback_params
+    assert (keeping.monitor, keeping.mode) == ("val/loss", "min")
 
 
 def test_what_is_asked_for_and_not_done_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from her_nemo.config import compose
-from her_nemo.planning import preflight
+from her_nemo.planning import data_checks, preflight
 from her_nemo.planning.data_checks import is_dataset_name
 
 
@@ -80,3 +80,35 @@ def test_names_of_datasets(name: str) -> None:
 @pytest.mark.parametrize("name", ["a/b/c", "/abs", "./x", "x.json", "o/x.parquet", "", "a b", "../up"])
 def test_what_is_no_name(name: str) -> None:
     assert not is_dataset_name(name)
+
+
+ASKED = ["stage=role_thinking", "endpoint=http://localhost:8000/v1", "model=m"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["source={}/nope.jsonl"], "source", "no such file"),
+        (["source={}/none"], "source", "no conversations.parquet here"),
+        (["source={}/none", "stage=principles"], "source", "name a file of preference pairs"),
+        (["endpoint=localhost:8000"], "endpoint", "http://localhost:8000/v1"),
+        (["api_key_env=KEY_OF_NOBODY"], "api_key_env", "not set\n     -> export KEY_OF_NOBODY=..."),
+        (["limits.budget=2"], "limits.budget", "prices.prompt_per_million"),
+        (["prompts_dir={}/nope"], "prompts_dir", "no such directory"),
+        (["prompt_versions={role_thinkin: 1}"], "prompt_versions", "did you mean role_thinking?"),
+        (["role_thinking.min_characters=300"], "role_thinking.min_characters", "use 200 or less"),
+        (["system_thinking.max_characters=700"], "system_thinking.min_characters", "800 is more than"),
+        (["out={}/book.json"], "out", "is a file"),
+    ],
+)
+def test_problems_of_synthesis(place: Path, overrides: list[str], key: str, words: str) -> None:
+    good = [*ASKED, f"source={place}/book.json", f"out={place}/new"]
+    assert found("data_synthesise", *good) == {}
+    problems = found("data_synthesise", *good, *(text.replace("{}", str(place)) for text in overrides))
+    assert set(problems) == {key}
+    assert words in problems[key]
+
+
+def test_the_prompts_are_those_of_the_package() -> None:
+    folder = Path(data_checks.__file__).parents[1] / "data" / "synthesis" / "prompts"
+    assert {file.name.split(".")[0] for file in folder.glob("*.jinja")} == set(data_checks.PROMPTS)

@@ -25,6 +25,7 @@ RECOMPUTE = "model.activations_checkpoint_granularity"
 GLOBAL_BATCH = "model.global_batch_size"
 VALIDATION = "model.data.validation_ds.file_path"
 ROLLOUTS = "model.ppo.num_rollout_samples"
+MONITOR = "exp_manager.checkpoint_callback_params.monitor"
 
 
 @pytest.fixture
@@ -97,6 +98,11 @@ def test_nothing_is_wrong_with_a_right_configuration(stage: str, place: Path) ->
         ("sft", ["model.tokenizer.path=/nope"], "model.tokenizer.path", "no tokenizer here"),
         ("sft", ["model.activations_checkpoint_granularity=full"], RECOMPUTE, "needs"),
         ("sft", ["model.activations_checkpoint_num_layers=1"], RECOMPUTE, "leave both out"),
+        ("sft", [f"{MONITOR}=val/los"], MONITOR, "did you mean val/loss?"),
+        ("sft", [f"{MONITOR}=val/loss", f"{VALIDATION}=null"], MONITOR, "there is no validation file"),
+        ("reward", [f"{MONITOR}=val/accuracy", f"{VALIDATION}=/nope.jsonl", "trainer.rm.val_check_interval=30"],
+         "trainer.rm.save_interval", "use 120"),
+        ("ppo", [f"{MONITOR}=val/loss"], MONITOR, "no validation metric 'val/loss'"),
         ("ppo", ["reward.restore_from_path=/nope"], "reward.restore_from_path", "no such dir"),
         ("ppo", ["critic.restore_from_path=/nope"], "critic.restore_from_path", "no such dir"),
         ("ppo", ["model.ppo.num_rollout_samples=12"], ROLLOUTS, "num_rollout_samples=16"),
@@ -165,6 +171,19 @@ def test_a_megatron_checkpoint_gives_its_shape_too(place: Path) -> None:
     assert found(place, "sft", source) == {}
     problems = found(place, "sft", source, "model.tensor_model_parallel_size=4", "trainer.devices=4")
     assert "num_query_groups = 2" in problems["model.tensor_model_parallel_size"]
+
+
+def test_a_reward_model_of_another_vocabulary_or_shape(place: Path) -> None:
+    (place / "reward").mkdir()
+    other = TINY | {"vocab_size": 2048, "num_key_value_heads": 1}
+    (place / "reward" / "config.json").write_text(json.dumps(other))
+    key = "reward.restore_from_path"
+    assert "vocabulary of 2048, but the actor's is 1024" in found(place, "ppo", f"{key}={place}/reward")[key]
+    other["vocab_size"] = 1024
+    (place / "reward" / "config.json").write_text(json.dumps(other))
+    assert found(place, "ppo", f"{key}={place}/reward") == {}
+    split = [f"{TP}=2", "trainer.devices=2"]
+    assert "2 does not divide model.num_query_groups = 1" in found(place, "ppo", f"{key}={place}/reward", *split)[key]
 
 
 def test_convert_and_export_want_each_the_other_s_kind(place: Path) -> None:

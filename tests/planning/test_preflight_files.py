@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from her_nemo.config import compose
@@ -15,6 +17,11 @@ from her_nemo.planning.shapes import Shape, total_parameters
 ARCHITECTURE = {
     "num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 2,
     "kv_channels": 32, "vocab_size": 1024, "share_embeddings_and_output_weights": True,
+}  # fmt: skip
+HF = {
+    "model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024, "rope_theta": 1e6,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 TRAIN, RUN = "model.data.train_ds.file_path", "exp_manager.explicit_log_dir"
@@ -113,3 +120,49 @@ def test_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3 checkpoints" in found(place)[RUN]
     assert found(place, "sft", "exp_manager.checkpoint_callback_params.save_top_k=1") == {}
     assert "3 checkpoints" in found(place, "ppo", "precision=bf16")[RUN]
+
+
+def others(stage: str, *overrides: str) -> dict[str, str]:
+    config = compose.load(stage, list(overrides))
+    return {problem.key: str(problem) for problem in preflight_files.check_others(config)}
+
+
+def test_room_for_what_convert_and_export_write(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "hf" / "config.json").write_text(json.dumps(HF))
+    checkpoint(place)
+    parameters = total_parameters(Shape.from_architecture(ARCHITECTURE))
+    usage = type("Usage", (), {"free": 3 * parameters})
+    monkeypatch.setattr(preflight_files.shutil, "disk_usage", lambda _: usage)
+    convert = [f"source={place}/hf", f"out={place}/new"]
+    assert "the weights are 0.0 GB, but 0.0 GB free" in others("convert", *convert)["out"]
+    assert others("convert", *convert, "trainer.precision=bf16") == {}
+    export = [f"checkpoint={place}/run", f"out={place}/new"]
+    assert others("export", *export) == {}  # bfloat16
+    assert "free space" in others("export", *export, "dtype=float32")["out"]
+
+
+def test_the_rows_and_the_vocabulary_of_evaluate(place: Path) -> None:
+    (place / "hf" / "config.json").write_text(json.dumps(HF))
+    given = [f"model={place}/hf", f"prompts={place}/data.jsonl", f"out={place}/new"]
+    assert others("evaluate", *given) == {}
+    # The oracle's scenes are found by the prompts' trace_id.
+    assert "data.jsonl:1: has no trace_id" in others("evaluate", *given, "scenes=x")["prompts"]
+    write_tokenizer(place, last=2000)
+    assert "has token 2000" in others("evaluate", *given)["model"]
+
+
+def test_rows_of_synthesis_and_columns_of_parquet(place: Path) -> None:
+    given = ["endpoint=http://h/v1", "model=m", f"out={place}/new"]
+    wrong = others("data_synthesise", *given, "stage=settings", f"source={place}/data.jsonl")
+    assert "has no conversation_id, characters, turns" in wrong["source"]
+    pairs = others("data_synthesise", *given, "stage=principles", f"source={place}/data.jsonl")
+    assert "has no chosen, rejected" in pairs["source"]
+    ingested = place / "ingested"
+    ingested.mkdir()
+    table = pyarrow.table({"conversation_id": ["a"], "characters": [["x"]], "turns": [["y"]]})
+    pyarrow.parquet.write_table(table, ingested / "conversations.parquet")
+    assert others("data_synthesise", *given, "stage=all", f"source={ingested}") == {}
+    pyarrow.parquet.write_table(table.drop_columns(["turns"]), ingested / "conversations.parquet")
+    assert "has no turns" in others("data_synthesise", *given, "stage=all", f"source={ingested}")["source"]
+    (ingested / "conversations.parquet").write_text("PAR1")
+    assert "not a Parquet file" in others("data_synthesise", *given, "stage=all", f"source={ingested}")["source"]

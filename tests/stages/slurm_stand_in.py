@@ -1,11 +1,13 @@
-"""Stand-ins for srun, scontrol and scancel that start, count and signal real processes on this machine.
+"""Stand-ins for srun, squeue, scontrol and scancel that start, list and signal real processes on this machine.
 
-`install(folder)` writes the three commands there. srun starts its tasks with Slurm's variables and labels their output;
-scancel sends a signal to the tasks that srun has noted; `scontrol requeue` is written down.
+For machines without Slurm; test_real_slurm.py is the same with Slurm itself. `install(folder)` writes the commands.
+srun starts its tasks with Slurm's variables and labels their output; squeue lists the steps that run; scancel signals a
+step's tasks; `scontrol requeue` is written down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,14 +15,15 @@ import sys
 import threading
 from pathlib import Path
 
-TASKS, CALLS = "tasks", "calls"
+STEPS, CALLS = "steps", "calls"
 
 
 def install(folder: Path) -> Path:
     """The commands in folder/bin; what they note lies in `folder`."""
     binaries = folder / "bin"
     binaries.mkdir(parents=True)
-    for name in ("srun", "scontrol", "scancel"):
+    (folder / STEPS).mkdir()
+    for name in ("srun", "squeue", "scontrol", "scancel"):
         command = binaries / name
         command.write_text(
             f'#!/usr/bin/env bash\nexec "{sys.executable}" "{__file__}" "{folder}" {name} "$@"\n'
@@ -48,14 +51,17 @@ def srun(folder: Path, words: list[str]) -> int:
                 text=True,
             )
         )
-    (folder / TASKS).write_text(" ".join(str(task.pid) for task in tasks))
+    step = folder / STEPS / f"{os.environ['SLURM_JOB_ID']}.{os.getpid()}"
+    pids = " ".join(str(task.pid) for task in tasks)
+    step.write_text(f"{options.get('job-name', words[0])}\n{pids}\n")
     pumps = [threading.Thread(target=pump, args=(task, rank, output)) for rank, task in enumerate(tasks)]
     for thread in pumps:
         thread.start()
     codes = [task.wait() for task in tasks]
     for thread in pumps:
         thread.join()
-    return max(codes, key=abs)
+    step.unlink()
+    return max(code if code >= 0 else 128 - code for code in codes)
 
 
 def pump(task: subprocess.Popen[str], rank: int, output) -> None:
@@ -63,22 +69,38 @@ def pump(task: subprocess.Popen[str], rank: int, output) -> None:
         print(f"{rank}: {line}" if output else line, end="", file=output or sys.stdout, flush=True)
 
 
+def squeue(folder: Path, words: list[str]) -> int:
+    assert "--steps" in words, words
+    assert "--format=%i %j" in words, words
+    for step in sorted((folder / STEPS).iterdir()):
+        print(step.name, step.read_text().splitlines()[0])
+    return 0
+
+
 def scancel(folder: Path, words: list[str]) -> int:
-    assert words[0] == "--signal=TERM", words
-    for pid in (folder / TASKS).read_text().split():
-        os.kill(int(pid), signal.SIGTERM)
+    how, step = words
+    _, pids = (folder / STEPS / step).read_text().splitlines()
+    for pid in pids.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.Signals[f"SIG{how.removeprefix('--signal=')}"])
     return 0
 
 
 def scontrol(folder: Path, words: list[str]) -> int:
-    if words[:2] == ["show", "hostnames"]:
-        print("127.0.0.1\n127.0.0.2")
-    else:
-        with (folder / CALLS).open("a") as calls:
-            calls.write(" ".join(words) + "\n")
+    match words[:2]:
+        case ["show", "hostnames"]:
+            print("here")
+        case ["show", "node"]:
+            print(f"NodeName={words[-1]} CPUTot=2 NodeAddr=127.0.0.1 NodeHostName=here")
+        case ["show", "job"]:
+            print(f"JobId={words[-1]} JobName=her-nemo JobState=RUNNING Reason=None")
+        case _:
+            with (folder / CALLS).open("a") as calls:
+                calls.write(" ".join(words) + "\n")
     return 0
 
 
 if __name__ == "__main__":
     place, command, *rest = sys.argv[1:]
-    sys.exit({"srun": srun, "scontrol": scontrol, "scancel": scancel}[command](Path(place), rest))
+    commands = {"srun": srun, "squeue": squeue, "scontrol": scontrol, "scancel": scancel}
+    sys.exit(commands[command](Path(place), rest))

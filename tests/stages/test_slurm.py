@@ -1,4 +1,4 @@
-"""The Slurm scripts on this machine: shellcheck, preflight, two real ranks, stop, requeue and going on."""
+"""The Slurm scripts without Slurm: shellcheck, preflight, two real ranks, stop, requeue and going on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from slurm_stand_in import CALLS, install
 from stage_files import Place, curve
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-JOBS = [script for script in SCRIPTS if script.name != "common.sh"]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "tools" / "local_slurm.sh"]
+PARTS = ("common.sh", "servers.sh", "local_slurm.sh")  # no jobs of their own
+JOBS = [script for script in SCRIPTS if script.name not in PARTS]
 STEPS = 12
 
 

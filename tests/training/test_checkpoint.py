@@ -13,21 +13,24 @@ from her_nemo.config.errors import UserError
 from her_nemo.training import checkpoint
 
 
-def save(run: Path, step: int, body: bytes = b"weights", keep: int = -1) -> Path:
+def save(
+    run: Path, step: int, body: bytes = b"weights", keep: int = -1, **monitoring: object
+) -> Path:
     """One finished, published checkpoint whose only tensor file holds `body`."""
     directory = checkpoint.step_directory(run, step)
-    write(directory, step, lambda where: (where / "model.bin").write_bytes(body))
-    checkpoint.publish(run, step, keep)
+    counters = {"monitored": monitoring["measured"]} if monitoring.get("measured") else {}
+    write(directory, step, lambda where: (where / "model.bin").write_bytes(body), **counters)
+    checkpoint.publish(run, step, keep, monitoring.get("monitor"))
     return directory
 
 
-def write(directory: Path, step: int, save_tensors: Callable[[Path], object]) -> None:
+def write(directory: Path, step: int, save_tensors: Callable[[Path], object], **counters: object) -> None:
     checkpoint.write(
         directory,
         step,
         save_tensors,  # type: ignore[arg-type]
         models={"model": {"head": "lm"}},
-        counters={"order": {"epoch": 2}},
+        counters={"order": {"epoch": 2}, **counters},
         config={"name": "test"},
         tokenizer=None,
     )
@@ -75,6 +78,36 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     names = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir() if entry.is_dir())
     assert names == ["step_00000010", "step_00000100"]
     assert checkpoint.read(tmp_path).step == 100
+
+
+@pytest.mark.parametrize(
+    ("largest", "keep", "kept", "best"),
+    [
+        (False, 1, [2, 5], 2),  # the best, and the newest to go on from
+        (False, 2, [2, 4, 5], 2),
+        (True, 1, [1, 5], 1),
+        (True, 2, [1, 3, 5], 3),  # of equals the newer
+        (False, -1, [1, 2, 3, 4, 5], 2),
+    ],
+)
+def test_the_best_are_kept_and_the_newest(
+    tmp_path: Path, largest: bool, keep: int, kept: list[int], best: int
+) -> None:
+    losses = {1: 0.9 if keep != 2 else 0.8, 2: 0.1, 3: 0.8, 4: 0.2, 5: None}  # step 5 was saved without a validation
+    monitor = checkpoint.Monitor("val/loss", largest)
+    for step, loss in losses.items():
+        save(tmp_path, step, keep=keep, monitor=monitor, measured=None if loss is None else {"val/loss": loss})
+    names = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir() if entry.is_dir())
+    assert names == [f"step_{step:08d}" for step in kept]
+    assert (tmp_path / "checkpoints" / "best").read_text() == f"step_{best:08d}\n"
+    assert checkpoint.read(tmp_path).step == 5
+
+
+def test_without_a_measure_the_newest_are_kept_and_none_is_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=1, monitor=checkpoint.Monitor("val/loss", False), measured={"val/other": 1.0})
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir() if entry.is_dir()] == ["step_00000003"]
+    assert not (tmp_path / "checkpoints" / "best").exists()
 
 
 def test_latest_that_points_nowhere_is_no_checkpoint(tmp_path: Path) -> None:
