@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from her_nemo.megatron import parallel, safetensors_files, state, torch_dist
+from her_nemo.megatron.direct_file import Slabs
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import Span, Whole, hf_shapes, spans, wholes
 from her_nemo.megatron.row_map import Rows as RowSource
@@ -25,11 +26,12 @@ from her_nemo.megatron.safetensors_files import HfTensors, TensorFileWriter, byt
 from her_nemo.megatron.streaming import (
     BLOCK_BYTES,
     FILE_BYTES,
+    HANDED,
     Background,
+    BlockMemory,
     Digest,
     Journal,
     ahead,
-    cast,
     digest_head,
     row_blocks,
     row_bytes_of,
@@ -166,14 +168,30 @@ def _megatron_blocks(
 ) -> Iterator[tuple[str, Block, torch.Tensor, bool]]:
     """(file, block, its rows, whether it is the file's last): the reading half of `to_torch_dist`."""
     tables: dict[Whole, list[Span]] = {}
+    memory, parts = BlockMemory(dtype), Slabs(HANDED)
+    last: tuple[Whole, int, int] | None = None
+    rows = torch.empty(0)
     for name, group in files:
         for index, block in enumerate(group):
             whole = block.whole
             table = tables.setdefault(whole, spans(whole.entry, shape, whole.shape[0]))
-            rows = megatron_rows(held, table, block.start, block.stop)
+            # Rows that are cut by columns are read once for all of their parts.
+            if last != (whole, block.start, block.stop):
+                rows = _whole_rows(held, table, block, memory)
+                last = (whole, block.start, block.stop)
+            part = rows
             if block.columns is not None:
-                rows = rows[:, block.columns[0] : block.columns[1]]
-            yield name, block, cast(rows, dtype, whole.entry.names[0]).contiguous(), index == len(group) - 1
+                left, right = block.columns
+                part = parts.take((rows.shape[0], right - left), dtype).copy_(rows[:, left:right])
+            yield name, block, part, index == len(group) - 1
+
+
+def _whole_rows(held: HfTensors, table: list[Span], block: Block, memory: BlockMemory) -> torch.Tensor:
+    """The rows of a block over all columns, cast."""
+    dtypes = {held.dtype(name) for name in block.whole.entry.names}
+    size = (block.stop - block.start, *block.whole.shape[1:])
+    out = memory.place(size, dtypes.pop()) if len(dtypes) == 1 else None
+    return memory.cast(megatron_rows(held, table, block.start, block.stop, out), block.whole.entry.names[0])
 
 
 def _placed(block: Block, rows: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -291,11 +309,14 @@ def _hf_blocks(
     block_bytes: int,
 ) -> Iterator[tuple[str, dict[str, tuple[int, ...]], str, int, torch.Tensor, bool]]:
     """(file, its tensors, tensor, first row, rows, whether the last of the file): the reading half."""
+    memories: dict[torch.dtype, BlockMemory] = {}
     for file, tensors in files:
         last_name = list(tensors)[-1]
         for name, size in tensors.items():
+            memory = memories.setdefault(dtypes[name], BlockMemory(dtypes[name]))
             for start, stop in row_blocks(size[0], row_bytes_of(size, dtypes[name]), block_bytes):
-                rows = cast(held.rows(name, start, stop), dtypes[name], name).contiguous()
+                out = memory.place((stop - start, *size[1:]), held.dtype(name))
+                rows = memory.cast(held.rows(name, start, stop, out), name)
                 yield file, tensors, name, start, rows, name == last_name and stop == size[0]
 
 

@@ -174,11 +174,18 @@ def check_layout(shape: Qwen3Shape, tensor: int, pipeline: int) -> None:
         f"tensor_model_parallel_size={tensor} does not divide {name}={size}"
         for name, size in (
             ("num_attention_heads", shape.num_attention_heads),
-            ("num_query_groups", shape.num_query_groups),
             ("ffn_hidden_size", shape.ffn_hidden_size),
         )
         if size % tensor
     ]
+    # With fewer groups than ranks megatron-core cuts the rows of q, k and v evenly, gathers what they give, and
+    # every rank of a group computes with the group's key and value.
+    groups, qkv = shape.num_query_groups, shape.num_attention_heads + 2 * shape.num_query_groups
+    if groups % tensor and (tensor % groups or qkv * shape.kv_channels % tensor):
+        problems.append(
+            f"tensor_model_parallel_size={tensor} neither divides num_query_groups={groups} nor is a multiple of it "
+            "that divides the rows of q, k and v"
+        )
     if shape.num_layers % pipeline:
         problems.append(f"pipeline_model_parallel_size={pipeline} does not divide num_layers={shape.num_layers}")
     if problems:

@@ -1,6 +1,6 @@
 """Hugging Face's safetensors files, read and written in rows: memory is bounded by a block, whatever the model.
 
-Plain positioned reads and writes, no memory map: mapped pages would count as this process's memory.
+Plain positioned reads, and writes past the page cache. No memory map: mapped pages would count as our memory.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from her_nemo.config.errors import UserError
+from her_nemo.megatron.direct_file import DirectFile
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {
@@ -95,10 +96,12 @@ class TensorFile:
         if start + expected != size:
             raise ValueError(f"its header describes {start + expected} bytes, the file has {size}")
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, in the file's dtype (elements, if it has one dimension)."""
+    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, in the file's dtype (elements, if it has one dimension); into `out`."""
         dtype, shape, offset = self.tensors[name]
-        found = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        found = torch.empty((stop - start, *shape[1:]), dtype=dtype) if out is None else out
+        if found.dtype != dtype:
+            raise ValueError(f"{name} is {dtype}, the memory given is {found.dtype}")
         width = math.prod(shape[1:]) * found.element_size()
         read_into(self._descriptor, found, offset + start * width, f"{self.path}: {name}")
         return found
@@ -183,8 +186,8 @@ class HfTensors:
         """The dtype, or safetensors' name of it where torch has none that we read."""
         return self._where[name].tensors[name][0]
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._where[name].rows(name, start, stop)
+    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._where[name].rows(name, start, stop, out)
 
     def whole(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, self.shape(name)[0])
@@ -212,9 +215,9 @@ def problems_of(
 
 
 class TensorFileWriter:
-    """Writes one safetensors file whose tensors are known by name and shape beforehand, rows in any order.
+    """Writes one safetensors file whose tensors are known by name and shape beforehand.
 
-    `sink(offset, bytes)` is called for every write, header included.
+    Rows may come in any order; fastest in that of the file.
     """
 
     def __init__(
@@ -236,8 +239,8 @@ class TensorFileWriter:
         text += b" " * (-len(text) % _ALIGNMENT)
         self._start = 8 + len(text)
         self.size = self._start + end
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        write_all(self._descriptor, struct.pack("<Q", len(text)) + text, 0)
+        self._file = DirectFile(path)
+        self._file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Rows from `start` of a tensor, contiguous and in the dtype it is written in."""
@@ -245,19 +248,11 @@ class TensorFileWriter:
         width = math.prod(self._shapes[name][1:]) * dtype.itemsize
         if rows.dtype != dtype or not rows.is_contiguous():
             raise ValueError(f"{name}: {rows.dtype} rows for a tensor of {dtype}")
-        write_all(self._descriptor, bytes_of(rows), self._start + self._offsets[name] + start * width)
+        self._file.write_at(self._start + self._offsets[name] + start * width, bytes_of(rows))
 
-    def finish(self, sync: Callable[[int], None] = os.fsync) -> None:
+    def finish(self) -> None:
         """Everything on the disk, and the file closed."""
-        sync(self._descriptor)
-        os.close(self._descriptor)
-
-
-def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    """Write all of `content` at a byte offset."""
-    view, done = memoryview(content), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        self._file.finish()
 
 
 def _itemsize(itemsize: int | Mapping[str, int], name: str) -> int:

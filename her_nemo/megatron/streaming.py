@@ -15,7 +15,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from her_nemo.config.errors import UserError
+from her_nemo.megatron.direct_file import Slabs
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import Whole, hf_shapes, spans, wholes
 from her_nemo.megatron.row_map import hf_intervals
@@ -32,6 +33,8 @@ from her_nemo.megatron.torch_dist import TorchDist
 BLOCK_BYTES = 32 * 2**20
 FILE_BYTES = 2 * 2**30
 READ_AHEAD = 3
+# Blocks alive at once: those that wait, one being read, one being written.
+HANDED = READ_AHEAD + 2
 _WORTH_A_THREAD = 2**16
 IDENTITY = "identity.json"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -77,13 +80,15 @@ class MegatronTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self._held.dtype(self._wholes[name].key)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, in the checkpoint's dtype; into `out` (contiguous)."""
         whole = self._wholes[name]
-        parts = [
-            self._held.rows(whole.key, whole.layer, first, last)
-            for first, last in hf_intervals(self._tables[whole], name, start, stop)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        found = torch.empty((stop - start, *self._shapes[name][1:]), dtype=self.dtype(name)) if out is None else out
+        at = 0
+        for first, last in hf_intervals(self._tables[whole], name, start, stop):
+            self._held.rows(whole.key, whole.layer, first, last, found[at : at + last - first])
+            at += last - first
+        return found
 
     def whole(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, self.shape(name)[0])
@@ -144,14 +149,32 @@ def row_blocks(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[in
         yield start, min(rows, start + step)
 
 
-def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`tensor` in `dtype`. UserError where a number that was finite is not any more."""
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`tensor` in `dtype`; into `out`, if it has to change. UserError where a finite number is not finite any more."""
     if tensor.dtype == dtype:
         return tensor
-    found = tensor.to(dtype)
+    found = tensor.to(dtype) if out is None else out.copy_(tensor)
     if dtype == torch.float16 and bool((~found.isfinite() & tensor.isfinite()).any()):
         raise UserError(f"{name}: holds numbers beyond float16's 65504: use bfloat16 or float32")
     return found
+
+
+class BlockMemory:
+    """Memory that blocks are read into and cast in. A block is overwritten when `HANDED` later ones were made."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._handed, self._before = Slabs(HANDED), Slabs(1)
+
+    def place(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Where to read a block of this dtype."""
+        return (self._handed if dtype == self._dtype else self._before).take(shape, dtype)
+
+    def cast(self, block: torch.Tensor, name: str) -> torch.Tensor:
+        """The block in the dtype that is wanted."""
+        if block.dtype == self._dtype:
+            return block
+        return cast(block, self._dtype, name, self._handed.take(block.shape, self._dtype))
 
 
 class Journal:
@@ -247,13 +270,21 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def tensor_digest(held: Tensors, name: str, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> str:
-    """SHA-256 over dtype, shape and bytes of a tensor cast to `dtype`, a block at a time."""
-    shape = held.shape(name)
-    found = hashlib.sha256(digest_head(dtype, shape))
-    for start, stop in row_blocks(shape[0], row_bytes_of(shape, torch.float32), block_bytes):
-        found.update(bytes_of(cast(held.rows(name, start, stop), dtype, name).contiguous()))
-    return found.hexdigest()
+def tensor_digests(held: Tensors, dtypes: Mapping[str, torch.dtype], block_bytes: int = BLOCK_BYTES) -> dict[str, str]:
+    """SHA-256 over dtype, shape and bytes of tensors cast to dtypes, a block at a time; read in a thread of its own."""
+    memory = Slabs(HANDED)
+
+    def blocks() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, dtype in dtypes.items():
+            shape, own = held.shape(name), held.dtype(name)
+            for start, stop in row_blocks(shape[0], row_bytes_of(shape, torch.float32), block_bytes):
+                rows = held.rows(name, start, stop, memory.take((stop - start, *shape[1:]), own))
+                yield name, cast(rows, dtype, name)
+
+    found = {name: hashlib.sha256(digest_head(dtype, held.shape(name))) for name, dtype in dtypes.items()}
+    for name, rows in ahead(blocks()):
+        found[name].update(bytes_of(rows))
+    return {name: digest.hexdigest() for name, digest in found.items()}
 
 
 def digest_head(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from her_nemo.config.errors import UserError
+from her_nemo.megatron.direct_file import DirectFile, Slabs
 from her_nemo.megatron.safetensors_files import read_into
 
 _UNREADABLE = (
@@ -88,6 +89,7 @@ class TorchDist:
                 self._chunks[key] = [self._chunk(index, key, chunk) for chunk in tensor.chunks]
         self._descriptors: dict[str, int] = {}
         self._data: dict[Chunk, int] = {}
+        self._scratch = Slabs(1)
 
     def _chunk(self, index: Metadata, key: str, chunk: ChunkStorageMetadata) -> Chunk:
         place = index.storage_data.get(MetadataIndex(key, chunk.offsets))
@@ -108,15 +110,17 @@ class TorchDist:
         """The whole shape, with the axis of layers if the key has one."""
         return self._tensors[key][1]
 
-    def rows(self, key: str, layer: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor (of one layer of it), in the checkpoint's dtype.
+    def rows(
+        self, key: str, layer: int | None, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows [start, stop) of a tensor (of one layer of it), in the checkpoint's dtype; into `out` (contiguous).
 
         UserError if the chunks do not cover them.
         """
         dtype, size = self._tensors[key]
         lead = () if layer is None else (layer,)
         inner = size[len(lead) :]
-        found = torch.empty((stop - start, *inner[1:]), dtype=dtype)
+        found = torch.empty((stop - start, *inner[1:]), dtype=dtype) if out is None else out
         covered = 0
         for chunk in self._chunks[key]:
             if lead and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
@@ -145,7 +149,7 @@ class TorchDist:
         if target.is_contiguous():
             read_into(self._descriptor(chunk.file), target, place, what)
         else:
-            part = torch.empty(target.shape, dtype=target.dtype)
+            part = self._scratch.take(target.shape, target.dtype)
             read_into(self._descriptor(chunk.file), part, place, what)
             target.copy_(part)
         return target.numel()
@@ -252,18 +256,20 @@ class DataFileWriter:
     def __init__(self, path: Path, digest: Digest) -> None:
         self.path = path
         self._digest = digest
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.size = 0
+        self._file = DirectFile(path)
         self.chunks: list[Chunk] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._file.size
 
     def write(self, content: bytes | memoryview) -> int:
         """A file's `write`, for torch.save."""
-        view, done = memoryview(content).cast("B"), 0
+        view = memoryview(content).cast("B")
         self._digest.update(view)
-        while done < len(view):
-            done += os.write(self._descriptor, view[done:])
+        self._file.write(view)
         self._digest.wait()
-        self.size += len(view)
         return len(view)
 
     def flush(self) -> None:
@@ -271,6 +277,8 @@ class DataFileWriter:
 
     def add(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Append the rectangle of `key` that begins at `offsets`."""
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            raise ValueError(f"{key}: a view of a larger storage, all of which would be written")
         start = self.size
         torch.save(tensor, self)
         self.chunks.append(
@@ -279,8 +287,7 @@ class DataFileWriter:
 
     def finish(self) -> None:
         """Everything on the disk, and the file closed."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        self._file.finish()
 
 
 def write_index(

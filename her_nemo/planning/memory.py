@@ -127,13 +127,15 @@ def layer_activations(
     tokens = sequence * batch
     # Sequence parallelism cuts norms and residuals, tensor parallelism heads and feed-forward.
     outer = tokens // tp if layout.sequence_parallel else tokens
+    # Where there are fewer groups than ranks, each rank has a whole group's key and value.
+    groups = max(1, shape.num_query_groups // tp)
     h, q, g, f = (
         shape.hidden_size,
         shape.query_width // tp,
-        shape.group_width // tp,
+        shape.group_width // shape.num_query_groups * groups,
         shape.ffn_hidden_size // tp,
     )
-    heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
+    heads = shape.num_attention_heads // tp
     up = 2 * f if shape.gated else f
     softmax = tokens * heads * FP32  # log-sum-exp of flash attention
     # What lies between A and B of each adapter.
@@ -263,5 +265,5 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 def kv_cache_bytes(shape: Shape, layout: Layout, *, sequences: int, length: int, precision: str) -> int:
     """Bytes of keys and values of `sequences` sequences of `length` tokens on one rank."""
     layers = shape.num_layers // layout.pipeline
-    width = shape.group_width // layout.tensor
+    width = shape.group_width // min(layout.tensor, shape.num_query_groups)
     return 2 * layers * sequences * length * width * PARAMETER_BYTES[precision]

@@ -102,7 +102,7 @@ def _agreement(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
 
 
 def _layout(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
-    """TP divides heads, groups and the feed-forward; PP divides the layers; sequence parallelism has a TP."""
+    """TP divides heads and the feed-forward; PP divides the layers; sequence parallelism has a TP."""
     yield from _cut(model, shape | model.architecture())
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         hint = f"set model.sequence_parallel=false, or {TP} to 2 or more"
@@ -110,10 +110,13 @@ def _layout(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
 
 
 def _cut(model: ParallelModel, shape: Shape) -> Iterator[Problem]:
+    """TP divides heads and the feed-forward, and the groups or they it; PP divides the layers."""
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         count = shape.get(name)
-        if count is not None and count % tp:
+        # megatron-core lets several ranks share a group's key and value.
+        shared = name == "num_query_groups" and count and tp % count == 0
+        if count is not None and count % tp and not shared:
             yield Problem(
                 TP, f"{tp} does not divide model.{name} = {count}", hint=_use_divisor(TP, int(count), tp)
             )

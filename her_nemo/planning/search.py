@@ -62,9 +62,8 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
     """What preflight would refuse: heads, layers, processes, batches."""
     model, trainer = config.model, config.trainer
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    if any(
-        size % tensor for size in (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
-    ):
+    groups = shape.num_query_groups
+    if shape.num_attention_heads % tensor or shape.ffn_hidden_size % tensor or (groups % tensor and tensor % groups):
         return False
     if shape.num_layers % pipeline or trainer.world_size % (tensor * pipeline):
         return False

@@ -23,7 +23,7 @@ from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import EMBEDDING, FINAL_NORM, LM_HEAD, SCORE, hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
 from her_nemo.megatron.single_layer import SingleLayer
-from her_nemo.megatron.streaming import digest_head, tensor_digest
+from her_nemo.megatron.streaming import digest_head, tensor_digests
 from her_nemo.megatron.weights import NamedTensors
 
 PROBES, PROBE_LENGTH, PROBE_SEED = 4, 96, 20_601
@@ -60,10 +60,20 @@ def _free_memory() -> int:
 
 
 def tensors_agree(directory: Path, held: dict[str, str], dtype: torch.dtype, found: Findings) -> None:
-    """Every tensor on the disk, read again, is the one that was held: name, shape, dtype, bytes."""
+    """Every tensor on the disk, read again, is the one that was held: name, shape, dtype, bytes.
+
+    Collective: every process reads its share. Findings on global rank 0.
+    """
     written = HfTensors(directory)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    names = {name: _dtype_of(written, name, dtype) for name in sorted(written.names())[rank::world]}
+    shares: list[dict[str, str]] = [{} for _ in range(world)]
+    torch.distributed.all_gather_object(shares, tensor_digests(written, names))
+    if rank != 0:
+        written.close()
+        return
     found.failures += written.problems
-    hashes = {name: tensor_digest(written, name, _dtype_of(written, name, dtype)) for name in sorted(written.names())}
+    hashes = dict(sorted((name, digest) for share in shares for name, digest in share.items()))
     compare_hashes("the checkpoint", held, hashes, found)
     found.body["tensors"] = {
         name: {

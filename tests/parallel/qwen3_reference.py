@@ -14,7 +14,7 @@ TEMPERATURE = 0.7
 
 
 def make(directory: Path) -> None:
-    """Write HF models `tied`, `untied`, `scalar` and `reference.safetensors`, `reference.json` to `directory`."""
+    """Write HF models `tied`, `untied`, `scalar`, `one_group`, and `reference.safetensors` and `.json`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -23,11 +23,11 @@ def make(directory: Path) -> None:
     targets = torch.randn(STEPS, BATCH, LENGTH)
     tensors = {"tokens": tokens, "mask": mask, "targets": targets}
     numbers = {}
-    for name in ("tied", "untied", "scalar"):
+    for name in ("tied", "untied", "scalar", "one_group"):
         config = Qwen3Config(
             vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, tie_word_embeddings=name == "tied", rope_theta=10000.0,
-            max_position_embeddings=64, attn_implementation="sdpa",
+            num_key_value_heads=1 if name == "one_group" else 2, head_dim=16, tie_word_embeddings=name == "tied",
+            rope_theta=10000.0, max_position_embeddings=64, attn_implementation="sdpa",
         )
         model = Qwen3ForCausalLM(config).eval()
         for key, parameter in model.named_parameters():

@@ -60,6 +60,12 @@ def test_four_processes(reference: Path) -> None:
 
 
 @pytest.mark.parallel
+def test_ranks_share_a_group(reference: Path) -> None:
+    """Fewer query groups than tensor-parallel ranks: both compute with the one key and value."""
+    assert_agrees(2, TWO[:2], reference, models=["one_group"])
+
+
+@pytest.mark.parallel
 def test_vocabulary_is_not_gathered() -> None:
     for rank in run(2, f"{CHECKS}:vocabulary", {"tensor": 2}):
         assert rank["log_probs"] < 1e-5

@@ -82,7 +82,7 @@ def test_nothing_is_wrong_with_a_right_configuration(stage: str, place: Path) ->
     ("stage", "overrides", "key", "words"),
     [
         ("sft", ["model.tensor_model_parallel_size=3", "trainer.devices=3"], TP, "does not divide"),
-        ("sft", ["model.tensor_model_parallel_size=4", "trainer.devices=4"], TP,
+        ("sft", ["model.tensor_model_parallel_size=3", "trainer.devices=3"], TP,
          "num_query_groups = 2\n     -> use model.tensor_model_parallel_size=1 or 2"),
         ("reward", ["model.pipeline_model_parallel_size=3", "trainer.devices=3"], PP,
          "use model.pipeline_model_parallel_size=1 or 2 or 4"),
@@ -169,7 +169,7 @@ def test_a_lora_checkpoint_without_its_base(place: Path) -> None:
 def test_a_megatron_checkpoint_gives_its_shape_too(place: Path) -> None:
     source = f"pretrained_checkpoint.restore_from_path={place}/run"
     assert found(place, "sft", source) == {}
-    problems = found(place, "sft", source, "model.tensor_model_parallel_size=4", "trainer.devices=4")
+    problems = found(place, "sft", source, "model.tensor_model_parallel_size=3", "trainer.devices=3")
     assert "num_query_groups = 2" in problems["model.tensor_model_parallel_size"]
 
 
@@ -183,7 +183,12 @@ def test_a_reward_model_of_another_vocabulary_or_shape(place: Path) -> None:
     (place / "reward" / "config.json").write_text(json.dumps(other))
     assert found(place, "ppo", f"{key}={place}/reward") == {}
     split = [f"{TP}=2", "trainer.devices=2"]
-    assert "2 does not divide model.num_query_groups = 1" in found(place, "ppo", f"{key}={place}/reward", *split)[key]
+    (place / "reward" / "config.json").write_text(json.dumps(other | {"intermediate_size": 255}))
+    assert "2 does not divide model.ffn_hidden_size = 255" in found(place, "ppo", f"{key}={place}/reward", *split)[key]
+def test_ranks_may_share_a_group(place: Path) -> None:
+    """Two groups over four ranks: megatron-core gives a group's key and value to both of its ranks."""
+    words = ("model.tensor_model_parallel_size=4", "trainer.devices=4", "model.make_vocab_size_divisible_by=1")
+    assert TP not in found(place, "sft", *words)
 
 
 def test_convert_and_export_want_each_the_other_s_kind(place: Path) -> None:
