@@ -31,7 +31,7 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
-from her_nemo.planning import data_checks
+from her_nemo.planning import backend_checks, data_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -46,6 +46,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*found, *_agreement(config.model, shape), *_layout(config.model, shape)]
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
         problems += [*_lengths(config.model, shape), *_recompute(config.model)]
+        problems += backend_checks.check(config)
     if isinstance(config, PpoConfig):
         problems += _ppo(config)
     if isinstance(config, ConvertConfig | ExportConfig):
