@@ -19,6 +19,7 @@ ROOMS = (
     "cli",
     "stages",
     "evaluation",
+    "aligner",
     "rollout",
     "rewards",
     "training",
@@ -36,6 +37,7 @@ TRAINS = (
     "stages/sft.py",
     "stages/reward.py",
     "stages/ppo.py",
+    "aligner",
     "training",
     "algorithms",
     "megatron",
@@ -96,6 +98,9 @@ def test_only_their_rooms_know_megatron_and_vllm(file: Path) -> None:
         assert not of_package(names, "megatron"), f"{name}: only megatron/ imports megatron.core"
     if name != "rollout/vllm_engine.py":
         assert not of_package(names, "vllm"), f"{name}: only rollout/vllm_engine.py imports vllm"
+    if not name.startswith("aligner/"):
+        for package in ("nemo", "nemo_aligner"):
+            assert not of_package(names, package), f"{name}: only aligner/ imports {package}"
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=IDS)
@@ -116,7 +121,7 @@ def test_room_imports_without_torch(name: str) -> None:
     assert modules, f"{name}/ is empty"
     program = (
         f"import importlib, sys\nfor module in {modules!r}: importlib.import_module(module)\n"
-        "print(sorted({'torch', 'transformers', 'megatron.core', 'vllm'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'megatron.core', 'vllm', 'nemo'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -1,8 +1,9 @@
 """Write requirements/lock.txt: every package of the environment, pinned, with the hash of its file.
 
     python tools/lock.py            run it with the pip and the Python (3.11, Linux x86_64) the environment is for
+    python tools/lock.py nemo       requirements/nemo.txt, the environment with NeMo-Aligner, from nemo.in
 
-Versions already in lock.txt are kept where they still fit; `--upgrade` takes the newest. pip does the resolving.
+Versions already in the lock are kept where they still fit; `--upgrade` takes the newest. pip does the resolving.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
-LOCK = REQUIREMENTS / "lock.txt"
-# torch comes first and by itself (CPU build). The others are CUDA builds that break transformers' import here.
-LEFT_OUT = frozenset({"torch", "torchvision", "torchaudio", "torchcodec"})
+# name -> (what it is made of, its lock)
+ENVIRONMENTS = {"main": ("environment.in", "lock.txt"), "nemo": ("nemo.in", "nemo.txt")}
+# torch comes first and by itself (CPU build). torchvision to torchcodec are CUDA builds that break transformers' import
+# here; NeMo names CUDA's Python bindings, and runs on the CPU without them.
+LEFT_OUT = frozenset({"torch", "torchvision", "torchaudio", "torchcodec", "cuda-bindings", "cuda-pathfinder"})
 # Published as source only (pure Python).
 SOURCE_ONLY = ("antlr4-python3-runtime",)
 HEADER = """\
-# Written by tools/lock.py from environment.in; do not edit. Python 3.11, Linux x86_64.
+# Written by tools/lock.py from {source}; do not edit. Python 3.11, Linux x86_64.
 # Installed with --no-deps --require-hashes after torch (torch.txt).
 """
 
@@ -32,10 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("environment", nargs="?", choices=list(ENVIRONMENTS), default="main")
     parser.add_argument("--upgrade", action="store_true", help="do not keep the versions of the present lock")
     parser.add_argument("--constraint", help="a pip constraints file to hold versions at")
     arguments = parser.parse_args()
-    entries = resolve(keep=LOCK.is_file() and not arguments.upgrade, constraint=arguments.constraint)
+    source, target = ENVIRONMENTS[arguments.environment]
+    lock = REQUIREMENTS / target
+    keep = lock if lock.is_file() and not arguments.upgrade else None
+    entries = resolve(source, keep=keep, constraint=arguments.constraint)
     cuda = [name for name, _, _ in entries if name.startswith("nvidia-")]
     if cuda:
         print(
@@ -44,21 +51,21 @@ def main() -> int:
         )
         return 1
     lines = [f"{name}=={version} \\\n    --hash=sha256:{digest}" for name, version, digest in entries]
-    LOCK.write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{LOCK}: {len(entries)} packages")
+    lock.write_text(HEADER.format(source=source) + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{lock}: {len(entries)} packages")
     return 0
 
 
-def resolve(*, keep: bool, constraint: str | None) -> list[tuple[str, str, str]]:
-    """(name, version, sha256) of all packages but LEFT_OUT, by name."""
+def resolve(source: str, *, keep: Path | None, constraint: str | None) -> list[tuple[str, str, str]]:
+    """(name, version, sha256) of all packages of `source` but LEFT_OUT, by name; versions of the lock `keep` held."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         command += ["--only-binary=:all:", f"--no-binary={','.join(SOURCE_ONLY)}", "--report", str(report)]
-        command += ["-r", str(REQUIREMENTS / "torch.txt"), "-r", str(REQUIREMENTS / "environment.in")]
-        if keep:
+        command += ["-r", str(REQUIREMENTS / "torch.txt"), "-r", str(REQUIREMENTS / source)]
+        if keep is not None:
             held = Path(folder) / "held.txt"
-            held.write_text(_versions_only(LOCK.read_text(encoding="utf-8")), encoding="utf-8")
+            held.write_text(_versions_only(keep.read_text(encoding="utf-8")), encoding="utf-8")
             command += ["-c", str(held)]
         if constraint:
             command += ["-c", constraint]

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make .venv: Python 3.11, CPU PyTorch, and requirements/lock.txt with checked hashes. Safe to run again:
-# nothing happens while the stamp in .venv matches the lock. VENV=DIR puts it elsewhere, PYTHON=... picks a Python.
+# nothing happens while the stamp in .venv matches the lock. VENV=DIR puts it elsewhere, PYTHON=... picks a Python,
+# LOCK=requirements/nemo.txt installs that lock instead (make setup-nemo).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
-LOCK=requirements/lock.txt
+LOCK=${LOCK:-requirements/lock.txt}
 TORCH=$(tr -d '[:space:]' <requirements/torch.txt)
 # PyTorch's own index of CPU builds, asked only where the configured indexes have no CPU build.
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -51,7 +52,7 @@ pip install "${quiet[@]}" --no-deps "$TORCH" \
 say "2/4 build tools"
 grep -A1 '^setuptools==' "$LOCK" >"$VENV/first.txt"
 pip install "${quiet[@]}" --no-deps --require-hashes -r "$VENV/first.txt" || die "could not install setuptools"
-say "3/4 $(grep -c '==' "$LOCK") packages, hashes checked (about 700 MB, some minutes)"
+say "3/4 $(grep -c '==' "$LOCK") packages, hashes checked (some hundred MB, some minutes)"
 pip install "${quiet[@]}" --no-deps --require-hashes --use-pep517 --no-build-isolation -r "$LOCK" \
   || die "could not install $LOCK: see pip's message above; run it again to go on"
 say "4/4 her_nemo itself"
@@ -62,7 +63,7 @@ import importlib.metadata as metadata
 import torch
 
 names = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
-found = sorted(name for name in names if name.startswith("nvidia-") or name in ("torchvision", "torchaudio", "torchcodec"))
+found = sorted(name for name in names if name.startswith(("nvidia-", "cuda-")) or name in ("torchvision", "torchaudio", "torchcodec"))
 print(*([f"torch with CUDA {torch.version.cuda}"] if torch.version.cuda else []) + found)
 CHECK
 )

@@ -127,19 +127,27 @@ class PpoLoop(Section):
     )
 
 
-class SftTrainer(Trainer):
+class TrainingTrainer(Trainer):
+    """`trainer.*` of the training stages."""
+
+    backend: Literal["native", "nemo_aligner"] = knob(
+        "native", "Whose loop trains: ours, or NeMo-Aligner's trainers over our models (docs/aligner.md)."
+    )
+
+
+class SftTrainer(TrainingTrainer):
     """`trainer.*` of SFT."""
 
     sft: Loop = Loop()
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(TrainingTrainer):
     """`trainer.*` of the reward model."""
 
     rm: Loop = Loop()
 
 
-class PpoTrainer(Trainer):
+class PpoTrainer(TrainingTrainer):
     """`trainer.*` of PPO."""
 
     ppo: PpoLoop = PpoLoop()

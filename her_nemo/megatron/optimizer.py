@@ -58,16 +58,31 @@ def optimizer(
 
 
 @torch.no_grad()
+def clip(optimizer: MegatronOptimizer, step_number: int, max_norm: float | None = None) -> float:
+    """The first half of `step`: gradients made ready and clipped, to the configured norm unless another is given.
+
+    Returns the norm before clipping. Raises FloatingPointError on every rank if it is not finite.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.clip_grad_norm(optimizer.config.clip_grad if max_norm is None else max_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"step {step_number}: the gradient norm is {norm}. Stopped before the update.")
+    return norm
+
+
+@torch.no_grad()
+def apply_clipped(optimizer: MegatronOptimizer) -> None:
+    """The second half of `step`: one update with gradients that `clip` has made ready."""
+    optimizer.step_with_ready_grads()
+
+
 def step(optimizer: MegatronOptimizer, step_number: int) -> float:
     """Clip, check and apply one update; returns the gradient norm before clipping.
 
     Raises FloatingPointError on every rank, before any parameter changes, if the norm is not finite.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.clip_grad_norm(optimizer.config.clip_grad))
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"step {step_number}: the gradient norm is {norm}. Stopped before the update.")
-    optimizer.step_with_ready_grads()
+    norm = clip(optimizer, step_number)
+    apply_clipped(optimizer)
     return norm
 
 

@@ -186,8 +186,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return made_on_cpu
 
 
-def _cpu_torch() -> types.ModuleType:
-    """A module that is `torch` in everything but its CUDA device."""
+def cpu_torch() -> types.ModuleType:
+    """A module that is `torch` in everything but its CUDA device; it takes the place of `torch` in other modules."""
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
     cuda.__dict__.update(
@@ -209,7 +209,7 @@ def _cpu_torch() -> types.ModuleType:
 
 
 def _redirect_torch() -> None:
-    proxy = _cpu_torch()
+    proxy = cpu_torch()
     for name in _TORCH_USERS:
         module = importlib.import_module(name)
         if getattr(module, "torch", None) is not torch:

@@ -32,7 +32,7 @@ from her_nemo.config.schema import (
     VerifyConfig,
 )
 from her_nemo.config.synthesis import SynthesiseConfig
-from her_nemo.planning import adapter_checks, data_checks, precision_checks
+from her_nemo.planning import adapter_checks, backend_checks, data_checks, precision_checks
 from her_nemo.roleplay.kinds import Kind
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
@@ -49,6 +49,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
         problems += [*_lengths(config.model, shape), *_recompute(config.model), *_monitor(config)]
         problems += precision_checks.check(config, shape | config.model.architecture())
+        problems += backend_checks.check(config)
     if isinstance(config, SftConfig | PpoConfig):
         problems += adapter_checks.check(config)
     if isinstance(config, PpoConfig):

@@ -51,6 +51,10 @@ def run(cfg: PpoConfig) -> int:
         )
         done = here.resume([actor, critic], order)
         engine.update_weights(hf_tensors(actor.model), version=done)
+        if cfg.trainer.backend == "nemo_aligner":
+            under_nemo_aligner(cfg, here, (actor, critic, reference, reward_model), engine, prompts, held_out,
+                               tokeniser, order, done)  # fmt: skip
+            return 0
         batches = forever(order)
         for step in here.steps(done + 1, last, "ppo"):
             with here.timers("generate"):
@@ -90,6 +94,36 @@ def run(cfg: PpoConfig) -> int:
             if step % ppo.save_interval == 0 or step == last:
                 here.save(step)
     return 0
+
+
+def under_nemo_aligner(
+    cfg: PpoConfig,
+    here: Run,
+    models: tuple[Learner, Learner, Model, Model],
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    tokeniser: Tokeniser,
+    order: GlobalBatchSampler,
+    done: int,
+) -> None:
+    """The same run with NeMo-Aligner's PPOTrainer in the place of the loop above."""
+    from her_nemo.aligner import ppo as aligner
+
+    stage = aligner.Stage(
+        *models,
+        prompts=prompts,
+        held_out=held_out,
+        tokeniser=tokeniser,
+        generate=lambda chosen, step: generate(cfg, engine, list(chosen), tokeniser, step)[0],
+        policy_objective=policy_objective(cfg),
+        value_objective=value_objective(cfg),
+        on_unmoved=lambda sums, step: unmoved(here, step, cfg)(sums),
+        actor_tags=tags.actor_tags,
+        critic_tags=tags.critic_tags,
+        summarise=tags.summarise,
+    )
+    aligner.fit(here, cfg, stage, order, done=done)
 
 
 def load_prompts(

@@ -24,6 +24,14 @@ def run(cfg: RewardConfig) -> int:
         made = set_up(cfg, loop, here, kind="pairs", head="scalar")
         tokeniser, train, valid, learner, last = made.tokeniser, made.train, made.valid, made.learner, made.last
         done = here.resume([learner], made.order)
+        here.summary["train_pairs"] = len(train)
+        if cfg.trainer.backend == "nemo_aligner":
+            from her_nemo.aligner import supervised
+
+            stage = supervised.Stage(pair_loss, tags, figures)
+            rows = {"train": train, "valid": valid, "tokeniser": tokeniser}
+            supervised.fit(here, learner, made.order, loop, stage, done=done, **rows)
+            return 0
         batches = forever(made.order)
         for step in here.steps(done + 1, last, "reward"):
             indices = next(batches)
@@ -35,15 +43,11 @@ def run(cfg: RewardConfig) -> int:
             here.metrics.log(
                 step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
             )
-            here.summary |= {"steps": step, "train_pairs": len(train), "train_loss": sums["loss"]}
+            here.summary |= {"steps": step} | figures("train", sums)
             if valid and (step % loop.val_check_interval == 0 or step == last):
                 held_out = validate(learner, valid, model, loop, tokeniser, pair_loss)
                 here.metrics.log(step, tags("val", held_out))
-                here.summary |= {
-                    "heldout_accuracy": held_out["correct"] / held_out["count"],
-                    "heldout_pairs": int(held_out["count"]),
-                    "heldout_loss": held_out["loss"],
-                }
+                here.summary |= figures("val", held_out)
             if step % loop.save_interval == 0 or step == last:
                 here.save(step)
     return 0
@@ -68,4 +72,15 @@ def tags(split: str, sums: dict[str, float]) -> dict[str, float]:
         f"{split}/accuracy": sums["correct"] / pairs,
         f"{split}/margin": sums["margin"] / pairs,
         f"{split}/score_mean": sums["score"] / (2 * pairs),
+    }
+
+
+def figures(split: str, sums: dict[str, float]) -> dict[str, float]:
+    """What of one global batch of pairs, or of one validation, goes to summary.json."""
+    if split == "train":
+        return {"train_loss": sums["loss"]}
+    return {
+        "heldout_accuracy": sums["correct"] / sums["count"],
+        "heldout_pairs": int(sums["count"]),
+        "heldout_loss": sums["loss"],
     }

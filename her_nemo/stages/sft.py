@@ -23,6 +23,13 @@ def run(cfg: SftConfig) -> int:
         tokeniser, train, valid, learner, last = made.tokeniser, made.train, made.valid, made.learner, made.last
         objective = sft_objective(model.data.layer_weights)
         done = here.resume([learner], made.order)
+        if cfg.trainer.backend == "nemo_aligner":
+            from her_nemo.aligner import supervised
+
+            stage = supervised.Stage(objective, tags, figures)
+            rows = {"train": train, "valid": valid, "tokeniser": tokeniser}
+            supervised.fit(here, learner, made.order, loop, stage, done=done, **rows)
+            return 0
         batches = forever(made.order)
         for step in here.steps(done + 1, last, "sft"):
             indices = next(batches)
@@ -34,11 +41,11 @@ def run(cfg: SftConfig) -> int:
             here.metrics.log(
                 step, tags("train", sums) | {"train/grad_norm": sums["grad_norm"], "train/lr": sums["lr"]}
             )
-            here.summary |= {"steps": step, "train_loss": sums["loss"]}
+            here.summary |= {"steps": step} | figures("train", sums)
             if valid and (step % loop.val_check_interval == 0 or step == last):
                 held_out = validate(learner, valid, model, loop, tokeniser, objective)
                 here.metrics.log(step, tags("val", held_out))
-                here.summary |= {"val_loss": held_out["loss"]}
+                here.summary |= figures("val", held_out)
             if step % loop.save_interval == 0 or step == last:
                 here.save(step)
     return 0
@@ -73,3 +80,8 @@ def tags(split: str, sums: dict[str, float]) -> dict[str, float]:
             found[f"{prefix}/loss"] = sums[f"{name}_nll"] / sums[f"{name}_tokens"]
             found[f"{prefix}/tokens"] = sums[f"{name}_tokens"]
     return found
+
+
+def figures(split: str, sums: dict[str, float]) -> dict[str, float]:
+    """What of one global batch, or of one validation, goes to summary.json."""
+    return {f"{split}_loss": sums["loss"]}

@@ -91,15 +91,30 @@ class Learner:
         Raises:
             FloatingPointError: the loss is not finite on some rank; the optimizer has not been touched.
         """
+        sums = self.backward(
+            micro_batches, loss_fn, step=step, with_entropy=with_entropy, temperature=temperature
+        )
+        rate = self.scheduler.lr
+        grad_norm = optimizer.step(self.optimizer, step)
+        self.scheduler.step()
+        return {**sums, "grad_norm": grad_norm, "lr": rate}
+
+    def backward(
+        self,
+        micro_batches: list[MicroBatch],
+        loss_fn: LossFunction,
+        *,
+        step: int,
+        with_entropy: bool = False,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """The gradients of `update` without its optimizer step (collective); the same sums but "grad_norm" and "lr"."""
         rows = forward.forward_backward(
             self.model, micro_batches, loss_fn, with_entropy=with_entropy, temperature=temperature
         )
         totals = global_sums(rows)
         forward.assert_finite(totals["loss_sum"], step)
-        rate = self.scheduler.lr
-        grad_norm = optimizer.step(self.optimizer, step)
-        self.scheduler.step()
-        return {**totals, "loss": mean_loss(totals), "grad_norm": grad_norm, "lr": rate}
+        return {**totals, "loss": mean_loss(totals)}
 
     def evaluate(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> dict[str, float]:
         """The same sums without gradients."""

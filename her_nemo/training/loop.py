@@ -118,12 +118,17 @@ def my_micro_batches(
 def validate(
     learner: Learner, rows: Rows, cfg: ModelConfig, loop: Loop, tokeniser: Tokeniser, loss_fn: LossFunction
 ) -> dict[str, float]:
-    """Global sums over the validation rows (collective). Rows that do not fill a batch on every replica are left
-    out: replicas must make the same number of forward passes."""
+    """Global sums over the validation rows (collective)."""
+    return learner.evaluate(validation_micro_batches(rows, cfg, loop, tokeniser), loss_fn)
+
+
+def validation_micro_batches(rows: Rows, cfg: ModelConfig, loop: Loop, tokeniser: Tokeniser) -> list[MicroBatch]:
+    """This replica's share of the validation rows. Rows that do not fill a batch on every replica are left out:
+    replicas must make the same number of forward passes."""
     width = parallel.data_size() * cfg.micro_batch_size
     if len(rows) < width:
         raise ValueError(
             f"{len(rows)} validation rows do not fill one micro-batch of {width} over the replicas"
         )
     batches = max(1, loop.val_batches(len(rows) // width))
-    return learner.evaluate(my_micro_batches(rows, np.arange(batches * width), cfg, tokeniser), loss_fn)
+    return my_micro_batches(rows, np.arange(batches * width), cfg, tokeniser)

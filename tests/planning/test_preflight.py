@@ -185,6 +185,8 @@ def test_a_reward_model_of_another_vocabulary_or_shape(place: Path) -> None:
     split = [f"{TP}=2", "trainer.devices=2"]
     (place / "reward" / "config.json").write_text(json.dumps(other | {"intermediate_size": 255}))
     assert "2 does not divide model.ffn_hidden_size = 255" in found(place, "ppo", f"{key}={place}/reward", *split)[key]
+
+
 def test_ranks_may_share_a_group(place: Path) -> None:
     """Two groups over four ranks: megatron-core gives a group's key and value to both of its ranks."""
     words = ("model.tensor_model_parallel_size=4", "trainer.devices=4", "model.make_vocab_size_divisible_by=1")

@@ -1,0 +1,43 @@
+"""Tests of the room that knows NeMo-Aligner: skipped where it is not installed, a small world where it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Test modules import aligner_files by name.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from aligner_files import Place, make_place
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked nemo have nothing to run on without NeMo-Aligner, which has an environment of its own."""
+    if importlib.util.find_spec("nemo_aligner") is None:
+        for item in items:
+            if item.get_closest_marker("nemo"):
+                item.add_marker(pytest.mark.skip(reason="needs NeMo-Aligner: make test-nemo"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("aligner"))
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs a stage of the command line in this process: importing NeMo takes longer than the runs themselves."""
+    from her_nemo import cli
+
+    # A worker of the suite is no rank of a run.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(name: str, *overrides: str) -> None:
+        assert cli.main([name, *overrides]) == 0
+
+    return run

@@ -1,0 +1,95 @@
+"""SFT and the reward model under SupervisedTrainer: our loop's curves, files and resume."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aligner_files import Place, curve, steps, summary, supervised
+
+pytestmark = pytest.mark.nemo
+
+Stage = Callable[..., None]
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = {"sft": "sft", "rm": "reward"}
+TAGS = {
+    "sft": ("train/loss", "val/loss", "train/grad_norm", "train/lr", "layers/speech/loss"),
+    "rm": ("train/loss", "val/loss", "train/grad_norm", "train/lr", "train/accuracy", "val/accuracy"),
+}
+
+
+def gap(first: Path, second: Path, tag: str) -> float:
+    a, b = np.array(curve(first, tag)), np.array(curve(second, tag))
+    assert a.shape == b.shape
+    assert steps(first, tag) == steps(second, tag)
+    return float(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_curves_are_those_of_our_loop(place: Place, stage: Stage, tmp_path: Path, kind: str) -> None:
+    """Seven steps over several epochs, two validations and one at the end; then a run that was cut goes on."""
+    native, theirs = tmp_path / "native", tmp_path / "theirs"
+    stage(STAGES[kind], *supervised(place, kind, "native", native))
+    stage(STAGES[kind], *supervised(place, kind, "nemo_aligner", theirs))
+    losses = curve(native, "train/loss")
+    assert len(losses) == 7
+    assert losses[-1] < losses[0] - 0.05, "the run does not learn, so that equal curves prove little"
+    for tag in TAGS[kind]:
+        assert gap(native, theirs, tag) < 1e-5, tag
+    assert steps(theirs, "val/loss") == [3, 6, 7]
+    mine, other = (
+        {key: value for key, value in summary(run).items() if key != "seconds"} for run in (native, theirs)
+    )
+    assert mine.keys() == other.keys()
+    assert all(other[key] == pytest.approx(mine[key], abs=1e-5) for key in mine)
+    kept = sorted(path.name for path in (theirs / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000006", "step_00000007"]
+
+    changes = {f"trainer.{kind}.max_steps": 4, f"trainer.{kind}.save_interval": 3}
+    constant = {"model.optim.sched.name": "constant"}
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    stage(STAGES[kind], *supervised(place, kind, "native", whole, **constant))
+    stage(STAGES[kind], *supervised(place, kind, "nemo_aligner", cut, **constant, **changes))
+    stage(STAGES[kind], *supervised(place, kind, "nemo_aligner", cut, **constant))
+    assert steps(cut, "train/loss") == [1, 2, 3, 4, 5, 6, 7]
+    assert gap(whole, cut, "train/loss") < 1e-5
+
+
+def test_a_native_run_goes_on_under_nemo_aligner(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """One kind of checkpoint: what our loop saved, NeMo-Aligner's trainer continues, without clipping as well."""
+    options = {"model.optim.sched.name": "constant", "trainer.sft.gradient_clip_val": 0.0}
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    stage("sft", *supervised(place, "sft", "native", whole, **options))
+    stage("sft", *supervised(place, "sft", "native", mixed, **options, **{"trainer.sft.max_steps": 3}))
+    stage("sft", *supervised(place, "sft", "nemo_aligner", mixed, **options))
+    for tag in ("train/loss", "train/grad_norm"):
+        assert gap(whole, mixed, tag) < 1e-5, tag
+
+
+def test_the_time_limit_saves_and_stops(place: Place, stage: Stage, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    limit = {"exp_manager.max_time_per_run": "00:00:00"}
+    stage("sft", *supervised(place, "sft", "nemo_aligner", run, **limit))
+    assert steps(run, "train/loss") == [1]
+    assert (run / "checkpoints" / "step_00000001" / "manifest.json").is_file()
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_two_processes(place: Place, tmp_path: Path, layout: str) -> None:
+    """Tensor and data parallel over gloo, each against our loop at the same layout."""
+    cut = ["trainer.devices=2", f"model.tensor_model_parallel_size={2 if layout == 'tp2' else 1}"]
+    for backend in ("native", "nemo_aligner"):
+        words = ["sft", *supervised(place, "sft", backend, tmp_path / backend), *cut]
+        done = subprocess.run(
+            [sys.executable, "-m", "her_nemo", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for tag in ("train/loss", "val/loss", "train/grad_norm"):
+        assert gap(tmp_path / "native", tmp_path / "nemo_aligner", tag) < 1e-5, tag
