@@ -31,7 +31,7 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
-from her_nemo.planning import data_checks
+from her_nemo.planning import data_checks, ppo_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 
@@ -234,8 +234,9 @@ def _recompute(model: ModelConfig) -> Iterator[Problem]:
 
 def _ppo(config: PpoConfig) -> Iterator[Problem]:
     ppo, model, data = config.model.ppo, config.model, data_parallel_size(config)
-    _, found = _source("reward.restore_from_path", config.reward.restore_from_path)
-    yield from found
+    yield from ppo_checks.check(config, data)
+    if config.reward.restore_from_path is not None:
+        yield from _source("reward.restore_from_path", config.reward.restore_from_path)[1]
     if config.critic.restore_from_path is not None:
         yield from _source("critic.restore_from_path", config.critic.restore_from_path)[1]
     if ppo.num_rollout_samples % model.global_batch_size:

@@ -113,11 +113,12 @@ def _resume(config: TrainingConfig, architecture: ArchitectureKeys) -> Iterator[
 
 
 def checkpoint_bytes(config: TrainingConfig, shape: Shape) -> int:
-    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; of both models in PPO."""
+    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; in PPO also of the critic."""
     size = PARAMETER_BYTES[config.trainer.precision]
     each = size + (0 if size == FP32 else FP32) + 2 * FP32
     if isinstance(config, PpoConfig):
-        return (total_parameters(shape) + total_parameters(shape, "scalar")) * each
+        critic = total_parameters(shape, "scalar") if config.trainer.ppo.has_critic else 0
+        return (total_parameters(shape) + critic) * each
     return total_parameters(shape, "scalar" if isinstance(config, RewardConfig) else "lm") * each
 
 

@@ -288,7 +288,9 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     model, ppo = config.model, config.model.ppo
     actor = Part("actor", "lm", True, model.optim.name == "distributed_fused_adam")
     critic = Part("critic", "scalar", True, config.critic.optim.name == "distributed_fused_adam")
-    parts = [actor, critic, Part("reference", "lm", False), Part("reward model", "scalar", False)]
+    has_critic, has_reward_model = config.trainer.ppo.has_critic, config.reward.has_model
+    parts = [actor, *([critic] if has_critic else []), Part("reference", "lm", False)]
+    parts += [Part("reward model", "scalar", False)] if has_reward_model else []
     samples, mine = ppo.num_rollout_samples, max(1, ppo.num_rollout_samples // planner.layout.data)
     resident = mine * model.encoder_seq_length * EXPERIENCE_BYTES
     longest = min(ppo.length_params.max_length, planner.length)
@@ -298,7 +300,7 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
         concurrent=ppo.rollout_micro_batch_size,
     )  # fmt: skip
     passes = 2 * timing.forward_seconds(planner.work(), **scoring)
-    passes += 2 * timing.forward_seconds(planner.work("scalar"), **scoring)
+    passes += (has_critic + has_reward_model) * timing.forward_seconds(planner.work("scalar"), **scoring)
     updates = {
         "sequences": model.global_batch_size,
         "rows": model.micro_batch_size,
@@ -312,7 +314,7 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
         planner.fullest("rollout", parts, dict.fromkeys(planner.stages, planner.rollout_bytes(config)), rollout,
                         "launches: one token at a time, kernel by kernel"),
         planner.fullest("scoring", parts, scored, passes, "matrices"),
-        *_learning(planner, "critic update", parts, critic, **updates),
+        *(_learning(planner, "critic update", parts, critic, **updates) if has_critic else []),
         *_learning(planner, "actor update", parts, actor, entropy=ppo.entropy_bonus > 0, **updates),
         planner.fullest("save", parts, still, 0.0),
         planner.fullest("sync", parts, still, 0.0, "nothing to move: the actor itself generates"),
