@@ -93,7 +93,7 @@ def test_each_algorithm_runs_and_keeps_its_invariants(
     place: Place, stage: Stage, tmp_path: Path, algorithm: str
 ) -> None:
     changes = {"algorithm": algorithm, "model.ppo.num_samples_per_prompt": 4, "reward.kind": "rules",
-               "reward.rules.repetition": 1.0, "trainer.ppo.max_steps": 2}  # fmt: skip
+               "reward.rules.length": 1.0, "trainer.ppo.max_steps": 2}  # fmt: skip
     stage("ppo", *overrides(place, tmp_path, **changes))
     figures = summary(tmp_path)
     assert abs(figures["ratio_step0"] - 1.0) < 1e-5
