@@ -21,6 +21,7 @@ ALGORITHMS = sorted(file.stem for file in (conf_dir() / "algorithm").glob("*.yam
 def config(*overrides: str) -> PpoConfig:
     given = [
         "pretrained_checkpoint.restore_from_path=/m", "model.data.train_ds.file_path=/d", f"{REWARD}=/r",
+        "model.global_batch_size=64",
     ]  # fmt: skip
     loaded = compose.load("ppo", [*given, *overrides])
     assert isinstance(loaded, PpoConfig)
