@@ -46,6 +46,20 @@ def masking_weights(
 
 
 @torch.no_grad()
+def masking_sequence_weights(
+    trainer_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor, low: float, high: float
+) -> Tensor:
+    """1 on every token of a reply whose ratio lies in [low, high], 0 on the others: replies too far off are left out.
+
+    The ratio of a reply is the geometric mean of its tokens' ratios, exp(mean_t log pi(t) - log mu(t)), so that the
+    bounds mean the same at every length.
+    """
+    total = _log_ratio(trainer_BT, rollout_BT, mask_BT).sum(dim=1, keepdim=True)
+    ratio = (total / (mask_BT != 0).sum(dim=1, keepdim=True).clamp(min=1)).exp()
+    return masked(((ratio >= low) & (ratio <= high)).to(ratio.dtype).expand(mask_BT.shape), mask_BT)
+
+
+@torch.no_grad()
 def log_prob_gap(trainer_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, max, count) of |log pi(t) - log mu(t)| over the reply tokens: the engine-trainer mismatch."""
     gap = _log_ratio(trainer_BT, rollout_BT, mask_BT).abs()

@@ -34,6 +34,31 @@ def k3(log_probs_BT: Tensor, ref_log_probs_BT: Tensor) -> Tensor:
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
+def estimate(name: str, log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """[B, T] estimator `name` with its gradient, 0 under the mask: the KL term of a loss.
+
+    In a loss the gradient counts, not the value: k2's and k3's pull the policy towards the reference, k1's is that of
+    log p, whose expectation is 0 and which pulls nowhere.
+    """
+    return ESTIMATORS[name](masked(log_probs_BT, mask_BT), masked(ref_log_probs_BT.detach(), mask_BT))
+
+
+def adapted(coefficient: float, kl: float, *, target: float, horizon: float, samples: int) -> float:
+    """The penalty's coefficient after a rollout of `samples` replies whose mean KL was `kl`.
+
+        beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon)
+
+    Ziegler et al. 2019, section 2.2.
+
+    Args:
+        coefficient: beta.
+        kl, target: nats per reply.
+        horizon: replies over which a constant error of 0.2 changes beta by a factor of about e^0.2.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * samples / horizon)
+
+
 @torch.no_grad()
 def rewards_with_kl(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, coefficient: float) -> Tensor:
     """Reward per token: the penalty on every reply token, the score on the last one.

@@ -57,11 +57,13 @@ class LocalCritic:
 
     def train(self, ppo_rollout_data: dict[str, torch.Tensor]) -> None:
         """One pass over this replica's rows, a minibatch of the global batch size at a time (collective)."""
+        mask_BT = ppo_rollout_data["mask"].bool()
         rows = {
             "tokens_BS": ppo_rollout_data["response_tokens"],
             "values_BT": ppo_rollout_data["values"],
             "returns_BT": ppo_rollout_data["returns"],
-            "mask_BT": ppo_rollout_data["mask"].bool(),
+            "mask_BT": mask_BT,
+            "scored_B": torch.ones(len(mask_BT), dtype=torch.bool, device=mask_BT.device),
         }
         passes = []
         for minibatch in micro_batches(rows, self._share):

@@ -188,6 +188,7 @@ class ActorModel(_Alignable, AlignableGenerativeInterface):
             "advantages_BT": batch["advantages"],
             "mask_BT": batch["mask"].bool(),
             "kinds_BT": batch["kinds"],
+            "scored_B": torch.ones(len(batch["mask"]), dtype=torch.bool, device=batch["mask"].device),
         }
         sums = self.learner.backward(
             micro_batches(rows, self._micro_batch_size),

@@ -193,7 +193,7 @@ def _trainer_config(cfg: PpoConfig, *, steps_per_epoch: int, done: int, validate
             "use_absolute_kl": False,
             "discount_factor": ppo.discount_factor,
             "gae_lambda": ppo.gae_lambda,
-            "normalize_advantages": ppo.normalize_advantages,
+            "normalize_advantages": ppo.whitens,
             "rollout_batch_seq_length": ppo.rollout_batch_seq_length,
             "model_gbs": cfg.model.global_batch_size,
             "model_mbs": cfg.model.micro_batch_size,
@@ -223,13 +223,17 @@ def _examine(
     rollout: Any, mask_BT: torch.Tensor, tokeniser: Tokeniser, step: int, cfg: PpoConfig
 ) -> tuple[float, Sums]:
     """(largest gap between engine and trainer, global sums of reward and KL) of one rollout (collective)."""
+    lengths_B = rollout["response_lengths"]
     experience = Experience(
         rollout["response_tokens"],
-        rollout["response_lengths"],
+        lengths_B,
+        rollout["prompt_lengths"],
         mask_BT,
         rollout["kinds"],
         rollout["rollout_logprobs"],
         rollout["is_end"].bool(),
+        torch.zeros_like(lengths_B),
+        torch.ones_like(lengths_B, dtype=torch.bool),
     )
     experience.old_log_probs_BT = rollout["logprobs"]
     gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)

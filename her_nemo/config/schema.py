@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from her_nemo.config.precision import Fp8Keys
+from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -135,6 +136,9 @@ class PpoParams(Section):
     """`model.ppo.*`: rollouts and the clipped objective."""
 
     num_rollout_samples: PositiveInt = knob(64, "Responses per PPO step, over all ranks.")
+    num_samples_per_prompt: PositiveInt = knob(
+        1, "Responses to each prompt: the group of group-relative advantages, of 2 or more there."
+    )
     rollout_micro_batch_size: PositiveInt = knob(8, "Prompts generated at a time on one data-parallel rank.")
     forward_micro_batch_size: PositiveInt = knob(8, "Sequences per pass for log-probs, values and rewards.")
     num_val_samples: NonNegativeInt = knob(
@@ -144,6 +148,20 @@ class PpoParams(Section):
     ratio_eps: Annotated[float, Field(gt=0.0, lt=1.0)] = knob(
         0.2, "Clip range of the policy ratio: 1 +- this."
     )
+    ratio_eps_high: Annotated[float, Field(gt=0.0)] | None = knob(
+        None, "Upper clip range, 1 + this, where it is another than the lower one; null takes ratio_eps."
+    )
+    ratio_level: Literal["token", "sequence"] = knob(
+        "token", "sequence: all tokens of a reply share the geometric mean of their ratios (GSPO)."
+    )
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = knob(
+        None, "Where the advantage is negative, the objective is no less than this times it; null is off."
+    )
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = knob(
+        "token_mean",
+        "Mean over tokens; over replies of token means; or over replies of sums / max_length (Dr.GRPO).",
+    )
+    importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
 
@@ -160,7 +178,8 @@ class Critic(Section):
     """`critic.*`: the value model of PPO."""
 
     restore_from_path: str | None = knob(
-        None, "Where the critic starts; null starts it from the reward model."
+        None,
+        "Where the critic starts; null starts it from the reward model (the policy's own start, if none).",
     )
     loss_clip_val: NonNegativeFloat = knob(
         0.2, "Clip range of the value around its old estimate; 0 turns it off."
@@ -169,11 +188,23 @@ class Critic(Section):
 
 
 class RewardSource(Section):
-    """`reward.*`: the reward model PPO is scored by."""
+    """`reward.*`: what PPO is scored by."""
 
-    restore_from_path: str = required(
-        "The reward model: a run's checkpoint directory, or a Hugging Face directory."
+    kind: Literal["scalar", "rules", "mix"] = knob(
+        "scalar", "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*."
     )
+    restore_from_path: str | None = knob(
+        None,
+        "The reward model: a run's checkpoint directory, or a Hugging Face directory; null with rules alone.",
+    )
+    mix: RewardMix = RewardMix()
+    rules: RewardRules = RewardRules()
+    diversity: Diversity = Diversity()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a scalar reward model is needed."""
+        return self.kind == "scalar" or (self.kind == "mix" and self.mix.scalar > 0)
 
 
 # ---------------------------------------------------------------- stages
@@ -204,7 +235,7 @@ class PpoConfig(StageConfig):
     model: PpoModel
     pretrained_checkpoint: PretrainedCheckpoint
     critic: Critic = Critic()
-    reward: RewardSource
+    reward: RewardSource = RewardSource()
     exp_manager: ExpManager
 
 
@@ -248,7 +279,8 @@ class ExportConfig(StageConfig):
     )
     proof_layers: PositiveInt = knob(8, "Layers that proof=layers runs, the first and the last among them.")
     logits_tolerance: PositiveFloat = knob(
-        1e-4, "Largest allowed difference of outputs, Hugging Face to Megatron, relative to the largest output."
+        1e-4,
+        "Largest allowed difference of outputs, Hugging Face to Megatron, relative to the largest output.",
     )
 
 
@@ -396,7 +428,9 @@ class InspectConfig(StageConfig):
 
     path: str = required("A Parquet or JSON-lines file of samples, prompts, pairs or conversations.")
     row: NonNegativeInt = knob(0, "Which row, from 0.")
-    turn: NonNegativeInt | None = knob(None, "Of a conversation: which turn to take apart; null shows them all.")
+    turn: NonNegativeInt | None = knob(
+        None, "Of a conversation: which turn to take apart; null shows them all."
+    )
     tokenizer: str | None = knob(None, "A tokenizer directory: then the mask is shown token by token.")
     width: PositiveInt | None = knob(None, "Columns; null takes the terminal's.")
 

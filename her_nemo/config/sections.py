@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,23 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from her_nemo.config.base import Section, knob, required
 from her_nemo.config.lora import Lora, expand
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys forbidden, types strict, values fixed after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-def knob(default: Any, description: str, **limits: Any) -> Any:
-    """A key with a default and one sentence about it."""
-    return Field(default=default, description=description, **limits)
-
-
-def required(description: str, **limits: Any) -> Any:
-    """A key without a default: the user has to give it."""
-    return Field(description=description, **limits)
+from her_nemo.config.rl import KlPenalty
 
 
 class StageConfig(Section):
@@ -103,6 +87,9 @@ class Loop(Section):
         return min(available, limit) if isinstance(limit, int) else int(available * limit)
 
 
+AdvantageEstimator = Literal["gae", "grpo", "rloo", "dr_grpo", "her"]
+
+
 class PpoLoop(Section):
     """`trainer.ppo.*`: the PPO loop. One step is one rollout followed by its updates."""
 
@@ -121,10 +108,33 @@ class PpoLoop(Section):
     )
     discount_factor: Fraction = knob(1.0, "Discount of later rewards, per token.")
     gae_lambda: Fraction = knob(0.95, "Lambda of generalised advantage estimation.")
-    normalize_advantages: bool = knob(True, "Whiten advantages over the trained tokens of the whole rollout.")
+    advantage_estimator: AdvantageEstimator = knob(
+        "gae",
+        "gae: with a critic; grpo, rloo, dr_grpo, her: relative to other replies to the prompt, no critic.",
+    )
+    her_advantage_clip: PositiveFloat = knob(
+        2.0, "advantage_estimator=her: standardised advantages are clipped to +- this."
+    )
+    normalize_advantages: bool | None = knob(
+        None, "Whiten advantages over the trained tokens of the whole rollout; null: with gae only."
+    )
+    normalize_rewards: bool = knob(
+        False, "Shift and scale scores by the mean and deviation of all scores of the run so far."
+    )
+    kl: KlPenalty = KlPenalty()
     rollout_batch_seq_length: PositiveInt | None = knob(
         None, "Pad every rollout to this many tokens; null pads to the longest prompt + response."
     )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value model is trained."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def whitens(self) -> bool:
+        """normalize_advantages with its null resolved."""
+        return self.has_critic if self.normalize_advantages is None else self.normalize_advantages
 
 
 class TrainingTrainer(Trainer):
@@ -318,7 +328,8 @@ class ExpManager(Section):
     resume_if_exists: bool = knob(True, "Go on from the newest checkpoint in the run directory.")
     resume_ignore_no_checkpoint: bool = knob(True, "With resume_if_exists: start afresh when there is none.")
     max_time_per_run: Annotated[str, Field(pattern=r"^(\d+:)?\d+:[0-5]\d:[0-5]\d$")] | None = knob(
-        None, "Save and stop after this long, days:hours:minutes:seconds or hours:minutes:seconds; null never stops."
+        None,
+        "Save and stop after this long, days:hours:minutes:seconds or hours:minutes:seconds; null never stops.",
     )
     checkpoint_callback_params: CheckpointCallbackParams = CheckpointCallbackParams()
 

@@ -32,7 +32,7 @@ from her_nemo.config.schema import (
     VerifyConfig,
 )
 from her_nemo.config.synthesis import SynthesiseConfig
-from her_nemo.planning import adapter_checks, backend_checks, data_checks, precision_checks
+from her_nemo.planning import adapter_checks, backend_checks, data_checks, ppo_checks, precision_checks
 from her_nemo.roleplay.kinds import Kind
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
@@ -279,6 +279,7 @@ def _monitor(config: SftConfig | RewardConfig | PpoConfig) -> Iterator[Problem]:
 
 def _ppo(config: PpoConfig) -> Iterator[Problem]:
     ppo, model, data = config.model.ppo, config.model, data_parallel_size(config)
+    yield from ppo_checks.check(config, data)
     if ppo.num_rollout_samples % model.global_batch_size:
         above = -(-ppo.num_rollout_samples // model.global_batch_size) * model.global_batch_size
         text = f"{ppo.num_rollout_samples} is not a multiple of model.global_batch_size = {model.global_batch_size}"

@@ -183,8 +183,8 @@ def _resume(config: TrainingConfig, architecture: ArchitectureKeys) -> Iterator[
 
 
 def checkpoint_bytes(config: TrainingConfig, shape: Shape) -> int:
-    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; of both models in PPO. With LoRA
-    of the adapters alone."""
+    """One checkpoint: weights, fp32 main weights where weights are bf16, two moments; in PPO also of the critic. With
+    LoRA of the adapters alone."""
     size = PARAMETER_BYTES[config.trainer.precision]
     each = size + (0 if size == FP32 else FP32) + 2 * FP32
     if isinstance(config, RewardConfig):
@@ -192,7 +192,7 @@ def checkpoint_bytes(config: TrainingConfig, shape: Shape) -> int:
     lora = config.model.peft.lora()
     trained = total_parameters(shape) if lora is None else total_adapter_parameters(shape, lora)
     if isinstance(config, PpoConfig):
-        trained += total_parameters(shape, "scalar")
+        trained += total_parameters(shape, "scalar") if config.trainer.ppo.has_critic else 0
     return trained * each
 
 

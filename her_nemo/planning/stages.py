@@ -295,9 +295,11 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     lora = model.peft.lora()
     actor = Part("actor", "lm", True, model.optim.name == "distributed_fused_adam", lora)
     critic = Part("critic", "scalar", True, config.critic.optim.name == "distributed_fused_adam")
-    parts = [actor, critic, Part("reward model", "scalar", False)]
+    has_critic, has_reward_model = config.trainer.ppo.has_critic, config.reward.has_model
+    parts = [actor, *([critic] if has_critic else [])]
     if lora is None or model.peft.restore_from_path is not None:
-        parts.insert(2, Part("reference", "lm", False, lora=lora))  # else it is the actor without its adapters
+        parts.append(Part("reference", "lm", False, lora=lora))  # else it is the actor without its adapters
+    parts += [Part("reward model", "scalar", False)] if has_reward_model else []
     samples, mine = ppo.num_rollout_samples, max(1, ppo.num_rollout_samples // planner.layout.data)
     resident = mine * model.encoder_seq_length * EXPERIENCE_BYTES
     longest = min(ppo.length_params.max_length, planner.length)
@@ -307,7 +309,7 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
         concurrent=ppo.rollout_micro_batch_size,
     )  # fmt: skip
     passes = 2 * timing.forward_seconds(planner.work(), **scoring)
-    passes += 2 * timing.forward_seconds(planner.work("scalar"), **scoring)
+    passes += (has_critic + has_reward_model) * timing.forward_seconds(planner.work("scalar"), **scoring)
     updates = {
         "sequences": model.global_batch_size,
         "rows": model.micro_batch_size,
@@ -321,7 +323,7 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
         planner.fullest("rollout", parts, dict.fromkeys(planner.stages, planner.rollout_bytes(config)), rollout,
                         "launches: one token at a time, kernel by kernel"),
         planner.fullest("scoring", parts, scored, passes, "matrices"),
-        *_learning(planner, "critic update", parts, critic, **updates),
+        *(_learning(planner, "critic update", parts, critic, **updates) if has_critic else []),
         *_learning(planner, "actor update", parts, actor, entropy=ppo.entropy_bonus > 0, **updates),
         planner.fullest("save", parts, still, 0.0),
         planner.fullest("sync", parts, still, 0.0, "nothing to move: the actor itself generates"),

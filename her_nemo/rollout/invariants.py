@@ -1,5 +1,6 @@
-"""Checks that run inside every PPO run: a policy that has not moved has ratio 1 and KL 0, and the engine and
-the trainer agree on what was sampled. A break of any of them means wrong gradients, so the run stops."""
+"""Checks that run inside every PPO run: a policy that has not moved has ratio 1 and KL 0, the engine and the
+trainer agree on what was sampled, samples come from the weights they should, and only replies are trained. A
+break of any of them means wrong gradients, so the run stops."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 
 from her_nemo.data.tokenise import Tokeniser
 from her_nemo.megatron import parallel, platform
-from her_nemo.rollout.experience import Experience, largest_gap
+from her_nemo.rollout.experience import Experience, gaps
 
 # Largest |log-prob(trainer) - log-prob(engine)|. bf16 keeps 8 bits of mantissa, so two orders of the same
 # sums differ in the second decimal.
@@ -21,20 +22,61 @@ class InvariantError(RuntimeError):
 
 
 def check_rollout_gap(experience: Experience, tokeniser: Tokeniser, step: int, precision: str) -> float:
-    """Largest gap between engine and trainer over all ranks (collective); beyond the limit, name the token."""
-    gap, row, place = largest_gap(experience)
-    worst = float(parallel.data_all_reduce(_scalar(gap), torch.distributed.ReduceOp.MAX))
-    if worst > ROLLOUT_GAP_LIMIT[precision]:
-        where = "on another rank"
-        if gap == worst:
-            token = int(experience.tokens_BS[row, place + 1])
-            where = f"token {tokeniser.decode([token])!r} ({token}) at place {place + 1} of row {row}"
+    """Largest gap between engine and trainer over all ranks (collective); beyond the limit, the first token that is,
+    in the order of ranks, rows and places, is named on every rank."""
+    limit = ROLLOUT_GAP_LIMIT[precision]
+    # A gap that is not a number is beyond any limit, and no maximum over ranks can be taken of it.
+    gap_BT = gaps(experience).nan_to_num(nan=torch.inf)
+    worst = float(parallel.data_all_reduce(_scalar(float(gap_BT.max())), torch.distributed.ReduceOp.MAX))
+    if worst <= limit:
+        return worst
+    beyond = (gap_BT > limit).nonzero()
+    mine = _name_token(experience, tokeniser, *beyond[0].tolist()) if len(beyond) else None
+    named = [where for where in parallel.data_gather_objects(mine) if where is not None]
+    raise InvariantError(
+        f"step {step}: rollout and trainer log-probs differ by {worst:.3g}, more than {limit:g} allows at precision "
+        f"{precision}; first at {named[0]}. The engine samples from other weights than the trainer holds; the actor "
+        "was not updated."
+    )
+
+
+def _name_token(experience: Experience, tokeniser: Tokeniser, row: int, place: int) -> str:
+    token = int(experience.tokens_BS[row, place + 1])
+    said = float(experience.rollout_log_probs_BT[row, place])
+    found = float(experience.old_log_probs_BT[row, place])
+    return (
+        f"token {tokeniser.decode([token])!r} ({token}) at place {place + 1} of row {row} on replica "
+        f"{parallel.data_rank()}: {said:.4f} in the rollout, {found:.4f} in the trainer"
+    )
+
+
+def check_masks(experience: Experience, step: int) -> None:
+    """The mask covers each reply from its first to its last token and nothing else, and no advantage lies outside."""
+    place_T = torch.arange(experience.mask_BT.shape[1], device=experience.mask_BT.device)
+    first_B1, end_B1 = experience.prompt_lengths_B[:, None] - 1, experience.lengths_B[:, None] - 1
+    reply_BT = (place_T >= first_B1) & (place_T < end_B1)
+    wrong = (experience.mask_BT != reply_BT) | (~reply_BT & (experience.advantages_BT != 0))
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
         raise InvariantError(
-            f"step {step}: rollout and trainer log-probs differ by {worst:.3g}, more than "
-            f"{ROLLOUT_GAP_LIMIT[precision]:g} allows at precision {precision}: {where}. The engine samples from "
-            "other weights than the trainer holds; the actor was not updated."
+            f"step {step}: row {row} of replica {parallel.data_rank()} is a reply at places "
+            f"{int(first_B1[row]) + 1} to {int(end_B1[row])}, but the loss's mask or advantage disagrees at place "
+            f"{place + 1}; the actor was not updated."
         )
-    return worst
+
+
+def check_versions(experience: Experience, current: int, step: int, allowed: int = 0) -> int:
+    """How many versions behind the weights the oldest sample of this replica is: at most `allowed`.
+
+    `current` is the version of the trainer's weights, the step of their last update.
+    """
+    behind_B = current - experience.versions_B
+    if bool(((behind_B < 0) | (behind_B > allowed)).any()):
+        raise InvariantError(
+            f"step {step}: samples of weights {sorted(set(experience.versions_B.tolist()))}, but the actor holds "
+            f"version {current} and at most {allowed} behind is allowed; the actor was not updated."
+        )
+    return int(behind_B.max())
 
 
 def check_unmoved_ratio(ratio: float, step: int, precision: str) -> float:

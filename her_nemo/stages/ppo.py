@@ -1,8 +1,9 @@
 """PPO: generate -> score -> values and log-probs -> advantages -> critic -> actor -> sync -> log -> save.
 
-Four models share the ranks: the actor and the critic learn; the reference (the policy as it came) and the reward
-model stay frozen. Schulman et al. 2017 (arXiv 1707.06347), with the per-token KL penalty of Ziegler et al. 2019
-(arXiv 1909.08593).
+Up to four models share the ranks: the actor learns, and so does the critic where there is one; the reference (the
+policy as it came) and the reward model stay frozen. Schulman et al. 2017 (arXiv 1707.06347), with the per-token KL
+penalty of Ziegler et al. 2019 (arXiv 1909.08593). The group-relative methods (GRPO, RLOO, ...) are the same loop with
+another `trainer.ppo.advantage_estimator`, several replies to a prompt and no critic: docs/rl.md.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from pathlib import Path
 
 import torch
 
-from her_nemo.algorithms.masking import weigh_kinds
-from her_nemo.algorithms.ppo_loss import policy_loss, value_loss
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.loaders import GlobalBatchSampler
-from her_nemo.data.tokenise import KIND_NAMES, Prompt, Tokeniser
+from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import adapters, parallel
-from her_nemo.megatron.forward import TokenOutputs
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
+from her_nemo.rewards.reward import Replies, Reward
 from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
-from her_nemo.rollout.invariants import check_rollout_gap, check_unmoved_kl, check_unmoved_ratio
+from her_nemo.rollout.invariants import check_masks, check_rollout_gap, check_unmoved_kl, check_versions
 from her_nemo.rollout.megatron_engine import MegatronEngine
 from her_nemo.stages import ppo_tags as tags
+from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
+from her_nemo.stages.ppo_rewards import build_reward, with_diversity
+from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
 from her_nemo.training import source as sources
-from her_nemo.training.learner import Learner, LossFunction, MicroBatch, global_sums
+from her_nemo.training.learner import Learner, LossFunction, global_sums
 from her_nemo.training.loop import forever, kind_weights, load_rows
 from her_nemo.training.run import Run, open_run
 
@@ -41,56 +43,63 @@ def run(cfg: PpoConfig) -> int:
     with open_run(cfg) as here:
         tokeniser = Tokeniser(here.tokenizer)
         prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
-        last = ppo.critic_warmup_steps + ppo.max_steps
-        actor, critic, reference, reward_model = build_models(cfg, here, last)
+        warmup, last = ppo.critic_warmup_steps, ppo.critic_warmup_steps + ppo.max_steps
+        actor, critic, reference, judge = build_models(cfg, here, last)
+        reward = build_reward(cfg, judge)
         engine = MegatronEngine(
             actor.model, pad_id=tokeniser.pad_id, micro_batch_size=model.ppo.rollout_micro_batch_size
         )
-        order = GlobalBatchSampler(
-            len(prompts), model.ppo.num_rollout_samples, model.seed, model.data.shuffle
-        )
-        done = here.resume([actor, critic], order)
+        asked = model.ppo.num_rollout_samples // model.ppo.num_samples_per_prompt
+        order = GlobalBatchSampler(len(prompts), asked, model.seed, model.data.shuffle)
+        state = PpoState(cfg)
+        done = here.resume([learner for learner in (actor, critic) if learner is not None], order, state)
         engine.update_weights(hf_tensors(actor.model), version=done)
         if cfg.trainer.backend == "nemo_aligner":
-            under_nemo_aligner(cfg, here, (actor, critic, reference, reward_model), engine, prompts, held_out,
+            assert critic is not None  # planning/backend_checks.py
+            assert judge is not None
+            under_nemo_aligner(cfg, here, (actor, critic, reference, judge), engine, prompts, held_out,
                                tokeniser, order, done)  # fmt: skip
             return 0
-        batches = forever(order)
+        version, batches, shaped = done, forever(order), with_diversity(cfg, reward)
         for step in here.steps(done + 1, last, "ppo"):
             with here.timers("generate"):
-                experience, replies = generate(cfg, engine, [prompts[i] for i in next(batches)], tokeniser, step)
+                chosen = [prompts[i] for i in next(batches)]
+                experience, replies = generate(
+                    cfg, engine, chosen, tokeniser, step, model.ppo.num_samples_per_prompt
+                )
             with here.timers("score"):
-                ex.score(experience, reward_model, model.ppo.forward_micro_batch_size)
+                told = ex.score(experience, replies, shaped)
             with here.timers("log_probs"):
                 ex.evaluate_policy(
-                    experience, actor.model, reference, critic.model,
+                    experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
             gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)
-            ex.estimate_advantages(
-                experience,
-                kl_penalty=ppo.initial_policy_kl_penalty,
-                discount=ppo.discount_factor,
-                gae_lambda=ppo.gae_lambda,
-                normalize=ppo.normalize_advantages,
-                weights_K=kind_weights(model.data.layer_weights),
-            )
-            rollout = report_rollout(here, step, experience, replies, gap)
-            with here.timers("critic"):
-                passes = update(critic, experience, value_objective(cfg), cfg, step)
-            here.metrics.log(step, tags.critic_tags(passes))
-            if step > ppo.critic_warmup_steps:
+            check_versions(experience, version, step)
+            told |= ex.correct_for_engine(experience, model.ppo.importance)
+            advantages(cfg, experience, state)
+            check_masks(experience, step)
+            rollout, texts = report_rollout(here, step, experience, replies, gap, told)
+            stop = watch_variety(cfg, here, step, state, texts)
+            if step <= warmup + 1:
+                check_unmoved_kl(rollout["init_policy_kl"] / rollout["tokens"], cfg.trainer.precision)
+            if critic is not None:
+                with here.timers("critic"):
+                    passes = update(critic, experience, value_objective(cfg), cfg, step)
+                here.metrics.log(step, tags.critic_tags(passes))
+            if step > warmup:
                 with here.timers("actor"):
-                    passes = update(
-                        actor, experience, policy_objective(cfg), cfg, step, on_first=unmoved(here, step, cfg)
-                    )
+                    objective = policy_objective(cfg, state.kl.coefficient)
+                    passes = update(actor, experience, objective, cfg, step, unmoved(here, step, cfg))
                 here.metrics.log(step, tags.actor_tags(passes))
                 engine.update_weights(hf_tensors(actor.model), version=step)
-            else:
-                check_unmoved_kl(rollout["init_policy_kl"] / rollout["tokens"], cfg.trainer.precision)
+                version = step
+                lead_kl(here, step, state, rollout)
             if held_out and (step % ppo.val_check_interval == 0 or step == last):
                 with here.timers("validate"):
-                    validate(cfg, here, step, engine, held_out, reward_model, tokeniser)
+                    validate(cfg, here, step, engine, held_out, reward, tokeniser)
+            if stop:
+                stop_collapsed(here, step, state)
             if step % ppo.save_interval == 0 or step == last:
                 here.save(step)
     return 0
@@ -116,7 +125,7 @@ def under_nemo_aligner(
         held_out=held_out,
         tokeniser=tokeniser,
         generate=lambda chosen, step: generate(cfg, engine, list(chosen), tokeniser, step)[0],
-        policy_objective=policy_objective(cfg),
+        policy_objective=policy_objective(cfg, 0.0),  # the penalty is in the reward
         value_objective=value_objective(cfg),
         on_unmoved=lambda sums, step: unmoved(here, step, cfg)(sums),
         actor_tags=tags.actor_tags,
@@ -148,20 +157,21 @@ def load_prompts(
     return train, held_out
 
 
-def build_models(cfg: PpoConfig, here: Run, last: int) -> tuple[Learner, Learner, Model, Model]:
-    """Actor and critic, which learn; reference and reward model, which do not."""
+def build_models(cfg: PpoConfig, here: Run, last: int) -> tuple[Learner, Learner | None, Model, Model | None]:
+    """Actor and critic, which learn (no critic for group-relative advantages); reference and reward model, frozen."""
     model, precision = cfg.model, cfg.trainer.precision
-    reward_source = sources.locate(cfg.reward.restore_from_path)
-    critic_path = cfg.critic.restore_from_path
-    critic_source = sources.locate(critic_path) if critic_path else reward_source
+    reward_path, critic_path = cfg.reward.restore_from_path, cfg.critic.restore_from_path
+    reward_source = sources.locate(reward_path) if reward_path is not None and cfg.reward.has_model else None
     limits = {"clip_grad": cfg.trainer.ppo.gradient_clip_val, "max_steps": last * updates_per_step(cfg)}
     actor = Learner.build("model", cfg, model.optim, source=here.source, head="lm", peft=model.peft, **limits)
-    return (
-        actor,
-        Learner.build("critic", cfg, cfg.critic.optim, source=critic_source, head="scalar", **limits),
-        build_reference(cfg, here, actor),
-        sources.build(reward_source, model, precision, head="scalar", trainable=False),
-    )
+    critic = None
+    if cfg.trainer.ppo.has_critic:
+        start = sources.locate(critic_path) if critic_path else reward_source or here.source
+        critic = Learner.build("critic", cfg, cfg.critic.optim, source=start, head="scalar", **limits)
+    judge = None
+    if reward_source is not None:
+        judge = sources.build(reward_source, model, precision, head="scalar", trainable=False)
+    return actor, critic, build_reference(cfg, here, actor), judge
 
 
 def build_reference(cfg: PpoConfig, here: Run, actor: Learner) -> Model:
@@ -176,11 +186,16 @@ def build_reference(cfg: PpoConfig, here: Run, actor: Learner) -> Model:
 
 
 def generate(
-    cfg: PpoConfig, engine: RolloutEngine, prompts: list[Prompt], tokeniser: Tokeniser, step: int
-) -> tuple[Experience, list[str]]:
-    """This replica's share of a rollout, every data_size-th prompt from its data rank on, and its replies as text.
+    cfg: PpoConfig,
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    tokeniser: Tokeniser,
+    step: int,
+    samples_per_prompt: int,
+) -> tuple[Experience, Replies]:
+    """This replica's share of a rollout: all replies to every data_size-th prompt from its data rank on.
 
-    What is drawn for a prompt depends on model.seed, the step and the prompt's place in the whole rollout.
+    What is drawn for a reply depends on model.seed, the step and the reply's place in the whole rollout.
     """
     ppo = cfg.model.ppo
     mine = range(parallel.data_rank(), len(prompts), parallel.data_size())
@@ -192,35 +207,78 @@ def generate(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
+    places = [
+        (index, index * samples_per_prompt + sample) for index in mine for sample in range(samples_per_prompt)
+    ]
     rollout = engine.generate(
-        [prompts[index].token_ids.tolist() for index in mine],
+        [prompts[index].token_ids.tolist() for index, _ in places],
         sampling,
         seed=cfg.model.seed * 100_003 + step,
-        indices=mine,
+        indices=[place for _, place in places],
     )
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
         rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
     )
-    return experience, [tokeniser.decode(ids) for ids in rollout.response_ids]
+    replies = Replies(
+        prompts=[tokeniser.decode(ids, skip_special_tokens=False) for ids in rollout.prompt_ids],
+        texts=[tokeniser.decode(ids) for ids in rollout.response_ids],
+        prompt_ids=rollout.prompt_ids,
+        reply_ids=rollout.response_ids,
+        finished=rollout.finished,
+        tokens_BS=experience.tokens_BS,
+        lengths_B=experience.lengths_B,
+        group_size=samples_per_prompt,
+    )
+    return experience, replies
+
+
+def advantages(cfg: PpoConfig, experience: Experience, state: PpoState) -> None:
+    """Rewards, with the KL penalty if it is placed there, and advantages (collective)."""
+    ppo = cfg.trainer.ppo
+    if ppo.normalize_rewards:
+        ex.normalise_scores(experience, state.rewards)
+    ex.estimate_advantages(
+        experience,
+        kl_penalty=state.kl.coefficient if ppo.kl.placement == "reward" else 0.0,
+        discount=ppo.discount_factor,
+        gae_lambda=ppo.gae_lambda,
+        normalize=ppo.whitens,
+        weights_K=kind_weights(cfg.model.data.layer_weights),
+        estimator=ppo.advantage_estimator,
+        group_size=cfg.model.ppo.num_samples_per_prompt,
+        her_clip=ppo.her_advantage_clip,
+        kl_estimator=ppo.kl.estimator,
+    )
 
 
 def report_rollout(
-    here: Run, step: int, experience: Experience, replies: list[str], gap: float
-) -> dict[str, float]:
-    """Log one rollout (collective); returns its sums over all replicas."""
-    sums = global_sums([ex.statistics(experience)])
+    here: Run, step: int, experience: Experience, replies: Replies, gap: float, told: dict[str, torch.Tensor]
+) -> tuple[dict[str, float], list[str]]:
+    """Log one rollout (collective); returns its sums over all replicas, and all replies in the order of prompts."""
+    sums = global_sums([ex.statistics(experience) | told])
     here.tokens += int(sums["sequence_tokens"])
-    here.metrics.log(step, tags.rollout_tags(sums, gap))
-    everywhere = [text for part in parallel.data_gather_objects(replies) for text in part]
+    here.metrics.log(step, tags.rollout_tags(sums, gap) | tags.reward_tags(sums, list(told)))
+    parts = parallel.data_gather_objects(list(replies.texts))
     if here.main:
-        here.metrics.log(step, tags.roleplay_tags(everywhere))
+        here.metrics.log(step, tags.roleplay_tags([text for part in parts for text in part]))
         rewards = experience.scores_B.tolist()
-        rows = [{"reply": replies[row], "reward": rewards[row]} for row in range(min(SAMPLES_KEPT, len(replies)))]
+        kept = range(min(SAMPLES_KEPT, len(replies)))
+        rows = [{"reply": replies.texts[row], "reward": rewards[row]} for row in kept]
         tags.write_samples(here.directory, step, rows)
-        here.metrics.text(step, "rollout/reply", replies[0])
+        here.metrics.text(step, "rollout/reply", replies.texts[0])
     tags.summarise(here.summary, sums, gap)
-    return sums
+    size = replies.group_size
+    groups = [[part[at : at + size] for part in parts] for at in range(0, len(parts[0]), size)]
+    return sums, [text for row in groups for group in row for text in group]
+
+
+def lead_kl(here: Run, step: int, state: PpoState, rollout: dict[str, float]) -> None:
+    """After an update of the actor: the KL coefficient of the next rollout, if it is adaptive."""
+    if state.kl.target is None:
+        return
+    here.metrics.log(step, {"train_optim/kl_coefficient": state.kl.coefficient})
+    state.kl.update(rollout["init_policy_kl"] / rollout["samples"], int(rollout["samples"]))
 
 
 def validate(
@@ -229,15 +287,15 @@ def validate(
     step: int,
     engine: RolloutEngine,
     prompts: list[Prompt],
-    reward_model: Model,
+    reward: Reward,
     tokeniser: Tokeniser,
 ) -> None:
     """Reward of replies to held-out prompts (collective). Each validation draws with the same random numbers."""
-    experience, _ = generate(cfg, engine, prompts, tokeniser, step=0)
-    ex.score(experience, reward_model, cfg.model.ppo.forward_micro_batch_size)
+    experience, replies = generate(cfg, engine, prompts, tokeniser, step=0, samples_per_prompt=1)
+    ex.score(experience, replies, reward)
     sums = global_sums([ex.reply_statistics(experience)])
     here.metrics.log(step, tags.validation_tags(sums))
-    here.summary["val_reward"] = sums["rewards"] / sums["samples"]
+    here.summary["val_reward"] = tags.mean_reward(sums)
 
 
 def updates_per_step(cfg: PpoConfig) -> int:
@@ -270,58 +328,3 @@ def update(
                 on_first(sums)
             passes.append(sums)
     return passes
-
-
-def policy_objective(cfg: PpoConfig) -> LossFunction:
-    """The clipped policy loss, weighted by segment kind, and the plain sums of each kind for the log."""
-    eps, bonus = cfg.model.ppo.ratio_eps, cfg.model.ppo.entropy_bonus
-    weights_K = kind_weights(cfg.model.data.layer_weights)
-
-    def objective(
-        outputs: TokenOutputs, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        assert outputs.log_probs_BT is not None
-        constants = batch["old_log_probs_BT"], batch["advantages_BT"]
-        mask_BT, kinds_BT = batch["mask_BT"], batch["kinds_BT"]
-        loss_sum, count, sums = policy_loss(
-            outputs.log_probs_BT,
-            *constants,
-            mask_BT,
-            eps,
-            eps,
-            entropy=outputs.entropy_BT,
-            entropy_bonus=bonus,
-            token_weights=weigh_kinds(mask_BT, kinds_BT, weights_K),
-        )
-        for kind, name in KIND_NAMES.items():
-            here = mask_BT & (kinds_BT == kind)
-            sums[f"{name}_loss"], sums[f"{name}_tokens"], _ = policy_loss(
-                outputs.log_probs_BT.detach(), *constants, here, eps, eps
-            )
-        return loss_sum, count, sums
-
-    return objective
-
-
-def value_objective(cfg: PpoConfig) -> LossFunction:
-    clip = cfg.critic.loss_clip_val or None
-
-    def objective(
-        outputs: TokenOutputs, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        assert outputs.values_BS is not None
-        return value_loss(
-            outputs.values_BS[:, :-1], batch["values_BT"], batch["returns_BT"], batch["mask_BT"], clip
-        )
-
-    return objective
-
-
-def unmoved(here: Run, step: int, cfg: PpoConfig) -> Callable[[dict[str, float]], None]:
-    """Check of the first minibatch after a rollout: the policy has not moved, so its ratio is 1."""
-
-    def check(sums: dict[str, float]) -> None:
-        ratio = check_unmoved_ratio(sums["ratio_sum"] / sums["tokens"], step, cfg.trainer.precision)
-        here.summary.setdefault("ratio_step0", ratio)
-
-    return check

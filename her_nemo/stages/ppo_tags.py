@@ -21,12 +21,29 @@ def rollout_tags(sums: dict[str, float], gap: float) -> dict[str, float]:
     """Means over replies, the gap between engine and trainer, and KL and entropy by segment kind (nats a token)."""
     samples, tokens = sums["samples"], sums["tokens"]
     tags = {f"train_rollouts/{name}": sums[name] / samples for name in ROLLOUT_MEANS}
+    tags["train_rollouts/rewards"] = mean_reward(sums)
     tags |= {"rollout/logprob_gap_max": gap, "rollout/logprob_gap_mean": sums["gap"] / tokens}
     for kind, name in KIND_NAMES.items():
         if sums[f"kind{kind}_tokens"]:
             tags[f"layers/{name}/kl"] = sums[f"kind{kind}_kl"] / sums[f"kind{kind}_tokens"]
             tags[f"layers/{name}/entropy"] = sums[f"kind{kind}_entropy"] / sums[f"kind{kind}_tokens"]
             tags[f"layers/{name}/tokens"] = sums[f"kind{kind}_tokens"] / samples
+    return tags
+
+
+def mean_reward(sums: dict[str, float]) -> float:
+    """Over the replies that have a score; 0 if none has."""
+    return sums["rewards"] / sums["scored"] if sums["scored"] else 0.0
+
+
+def reward_tags(sums: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+    """What the reward told besides its score, a reply, and the weights against the engine, a token; `names`: theirs."""
+    tags = {}
+    for name in names:
+        if name.startswith("importance"):
+            tags[f"rollout/{name}"] = sums[name] / sums["tokens"]
+        elif name != "unscored" or sums[name]:
+            tags[f"reward/{name}"] = sums[name] / sums["samples"]
     return tags
 
 
@@ -44,16 +61,16 @@ def roleplay_tags(replies: Sequence[str]) -> dict[str, float]:
 
 def validation_tags(sums: dict[str, float]) -> dict[str, float]:
     """Means over the replies of one validation."""
-    return {
-        f"val_rollouts/{name}": sums[name] / sums["samples"]
-        for name in ("rewards", "response_lengths", "finished")
+    lengths = {
+        f"val_rollouts/{name}": sums[name] / sums["samples"] for name in ("response_lengths", "finished")
     }
+    return {"val_rollouts/rewards": mean_reward(sums), **lengths}
 
 
 def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
     """Means over the updates of one step: the loss as it is weighted, all else and each kind's loss plain."""
     total = {name: sum(sums[name] for sums in passes) for name in passes[0]}
-    tokens = total["tokens"]
+    tokens = max(total["tokens"], 1.0)  # none where no reply has a score
     tags = {
         "train_optim/loss": mean_loss(total),
         "train_optim/ppo_ratio": total["ratio_sum"] / tokens,
@@ -62,6 +79,11 @@ def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
         "train_optim/grad_norm": passes[-1]["grad_norm"],
         "train_optim/lr": passes[-1]["lr"],
     }
+    for name, tag in (
+        ("dual_clip_sum", "dual_clip_fraction"), ("loss_kl_sum", "loss_kl"), ("entropy_sum", "entropy")
+    ):  # fmt: skip
+        if name in total:
+            tags[f"train_optim/{tag}"] = total[name] / tokens
     for name in KIND_NAMES.values():
         if total[f"{name}_tokens"]:
             tags[f"layers/{name}/loss"] = total[f"{name}_loss"] / total[f"{name}_tokens"]
@@ -70,7 +92,7 @@ def actor_tags(passes: list[dict[str, float]]) -> dict[str, float]:
 
 def critic_tags(passes: list[dict[str, float]]) -> dict[str, float]:
     """The same of the critic."""
-    count = sum(sums["count"] for sums in passes)
+    count = max(sum(sums["count"] for sums in passes), 1.0)
     return {
         "critic/loss": sum(sums["loss_sum"] for sums in passes) / count,
         "critic/value": sum(sums["value_sum"] for sums in passes) / count,
@@ -81,7 +103,7 @@ def critic_tags(passes: list[dict[str, float]]) -> dict[str, float]:
 
 def summarise(summary: dict[str, Any], sums: dict[str, float], gap: float) -> None:
     """First and last reward (mean over a rollout), last KL (nats a reply), largest gap to the engine so far."""
-    reward = sums["rewards"] / sums["samples"]
+    reward = mean_reward(sums)
     summary.setdefault("reward_first", reward)
     summary["reward_last"] = reward
     summary["kl_last"] = sums["init_policy_kl"] / sums["samples"]

@@ -25,7 +25,7 @@ SUMMARY_FILE = "summary.json"
 
 
 class Resumable(Protocol):
-    """What besides the learners a run goes on from: the data order."""
+    """What besides the learners a run goes on from: the data order, and numbers a stage carries along."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -47,6 +47,7 @@ class Run:
         self.tokens = 0  # processed in this step, over all ranks; a stage adds to it
         self._learners: Sequence[Learner] = ()
         self._order: Resumable | None = None
+        self._carried: Resumable | None = None
         self._manifest = self._find()
         resumed = self._manifest.step if self._manifest else 0
         self.metrics = MetricLogger(self.directory, enabled=self.main, resumed_step=resumed)
@@ -73,12 +74,13 @@ class Run:
             )
         return checkpoint.read(newest)
 
-    def resume(self, learners: Sequence[Learner], order: Resumable) -> int:
+    def resume(self, learners: Sequence[Learner], order: Resumable, carried: Resumable | None = None) -> int:
         """Name what a checkpoint of this run holds; load the newest one if there is one.
 
-        Returns the number of steps already done.
+        `carried`: JSON-sized state beside learners and order, the same on every rank. Returns the number of steps
+        already done.
         """
-        self._learners, self._order = learners, order
+        self._learners, self._order, self._carried = learners, order, carried
         if self._manifest is None:
             return 0
         for learner in learners:
@@ -95,6 +97,8 @@ class Run:
                 raise UserError(f"{self._manifest.directory}: {differing}. Name another exp_manager.explicit_log_dir.")
             learner.load(self._manifest.directory)
         order.load_state_dict(self._manifest.counters["order"])
+        if carried is not None:
+            carried.load_state_dict(self._manifest.counters.get("carried", {}))
         self.summary |= self._manifest.counters["summary"]
         return self._manifest.step
 
@@ -132,12 +136,13 @@ class Run:
             for learner in self._learners:
                 learner.save(where)
 
+        carried = {} if self._carried is None else {"carried": self._carried.state_dict()}
         checkpoint.write(
             directory,
             step,
             save_tensors,
             models={learner.name: sources.describe(learner.model) for learner in self._learners},
-            counters={"order": self._order.state_dict(), "summary": self.summary, **self._monitored(step)},
+            counters={"order": self._order.state_dict(), "summary": self.summary, **carried, **self._monitored(step)},
             config=self.cfg.model_dump(),
             tokenizer=self.tokenizer,
         )

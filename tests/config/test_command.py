@@ -35,7 +35,7 @@ def test_diff_names_value_default_and_who_set_it(capsys) -> None:
     assert rows["model.hidden_size"]["set_by"].endswith("conf/model/qwen3_8b.yaml")
     assert rows["trainer.num_nodes"]["set_by"].endswith("conf/cluster/h100_4x8.yaml")
     assert rows["critic.optim.lr"]["set_by"].endswith("conf/ppo.yaml")
-    assert rows["reward.restore_from_path"]["default"] == command.REQUIRED
+    assert rows["pretrained_checkpoint.restore_from_path"]["default"] == command.REQUIRED
     assert "model.micro_batch_size" not in rows
     text = said(capsys, "diff", "ppo", "model.seed=3")
     assert "(default 1234; set by command line)" in text
@@ -52,7 +52,7 @@ def test_explain(capsys) -> None:
     assert "default 1e-05" in text
     assert "at least 0" in text
     assert "stages: sft, reward, ppo" in text
-    assert "has to be given" in said(capsys, "explain", "reward.restore_from_path")
+    assert "has to be given" in said(capsys, "explain", "pretrained_checkpoint.restore_from_path")
     assert "model.ppo.ratio_eps" in said(capsys, "explain", "model.ppo")
     assert "Without effect" in said(capsys, "explain", "trainer.ppo.trt_llm.enable")
     assert "Translated to pretrained_checkpoint" in said(capsys, "explain", "model.restore_from_path")

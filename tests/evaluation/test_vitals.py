@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from her_nemo.evaluation.vitals import distinct, leaks, repetition, self_bleu, vitals
+from her_nemo.evaluation.vitals import vitals
+from her_nemo.roleplay.measures import distinct, leaks, repetition, self_bleu
 from her_nemo.roleplay.turn import parse_turn
 
 GOOD = (

@@ -71,3 +71,47 @@ def learn(args: dict) -> dict:
         )
         ratios.append(done["ratio_sum"] / done["count"])
     return {"share": share, "ratios": ratios, "kl": kls}
+
+
+def learn_relative(args: dict) -> dict:
+    """The same task by group-relative advantages, args["group"] replies to a prompt, dealt out over the replicas."""
+    start(args["layout"])
+    directory, layout, group = Path(args["directory"]), args["layout"], args["group"]
+    optim = OptimConfig(name="fused_adam", lr=args["lr"], weight_decay=0.0)
+    actor = Learner(
+        "model", build(directory, "tied", layout), optim, clip_grad=1.0, max_steps=args["steps"]
+    )
+    reference = build(directory, "tied", layout, trainable=False)
+    engine = MegatronEngine(actor.model, pad_id=0, micro_batch_size=SAMPLES)
+    mine = range(parallel.data_rank(), SAMPLES // group, parallel.data_size())
+    places = [(index, index * group + sample) for index in mine for sample in range(group)]
+    share, ratios, first = [], [], []
+    for step in range(args["steps"]):
+        prompts = [[1 + index % (VOCAB - 1), 3, 5] for index, _ in places]
+        rollout = engine.generate(
+            prompts, Sampling(max_tokens=REPLY), seed=step, indices=[place for _, place in places]
+        )
+        experience = Experience.from_rollout(rollout, [[4] * REPLY] * len(places), pad_id=0)
+        experience.scores_B = wanted_share(experience)
+        share.append(everyones(experience.scores_B, group))
+        ex.evaluate_policy(experience, actor.model, reference, None, 8, 1.0)
+        ex.estimate_advantages(
+            experience, kl_penalty=0.0, discount=1.0, gae_lambda=1.0, normalize=False,
+            estimator=args["estimator"], group_size=group,
+        )  # fmt: skip
+        first = first or everyones(experience.advantages_BT[:, -1], group)
+        done = actor.update(
+            experience.micro_batches(8),
+            lambda out, rows: policy_loss(
+                out.log_probs_BT, rows["old_log_probs_BT"], rows["advantages_BT"], rows["mask_BT"], 0.2, 0.2
+            ),
+            step=step,
+        )
+        ratios.append(done["ratio_sum"] / done["count"])
+    return {"share": [sum(row) / len(row) for row in share], "ratios": ratios, "advantages": first}
+
+
+def everyones(values_B: torch.Tensor, group: int) -> list[float]:
+    """The values of all replicas, in the order of prompts."""
+    parts = parallel.data_gather_objects(values_B.view(-1, group).tolist())
+    return [value for row in zip(*parts, strict=True) for one in row for value in one]

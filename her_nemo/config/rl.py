@@ -1,0 +1,81 @@
+"""Sections of reinforcement learning: the KL penalty, importance weights, what a reward is mixed of, diversity.
+
+docs/rl.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from her_nemo.config.base import Section, knob
+
+
+class KlPenalty(Section):
+    """`trainer.ppo.kl.*`: what the KL penalty is made of; its weight is trainer.ppo.initial_policy_kl_penalty."""
+
+    placement: Literal["reward", "loss"] = knob(
+        "reward", "reward: taken off each token's reward; loss: added to the loss, with its gradient."
+    )
+    estimator: Literal["k1", "k2", "k3"] = knob(
+        "k1", "k1: log-ratio; k2: half its square; k3: r - 1 - log r. In the loss k2 or k3."
+    )
+    target: PositiveFloat | None = knob(
+        None, "Adaptive penalty: the KL it is led towards, nats a reply; null keeps it fixed."
+    )
+    horizon: PositiveFloat = knob(10000.0, "Adaptive penalty: replies over which it changes; more is slower.")
+
+
+class ImportanceSampling(Section):
+    """`model.ppo.importance.*`: correction for log-probs of the engine that are not quite the trainer's."""
+
+    correction: Literal["none", "truncate", "mask"] = knob(
+        "none", "truncate: weight by min(trainer/engine, high); mask: leave out what is not in [low, high]."
+    )
+    level: Literal["token", "sequence"] = knob("token", "One weight a token, or one for the whole reply.")
+    low: Annotated[float, Field(gt=0.0, le=1.0)] = knob(0.5, "mask: smallest ratio kept.")
+    high: Annotated[float, Field(ge=1.0)] = knob(2.0, "Largest weight, or largest ratio kept.")
+
+
+class RewardMix(Section):
+    """`reward.mix.*`: weights of the parts of reward.kind=mix; 0 leaves a part out."""
+
+    scalar: NonNegativeFloat = knob(1.0, "Weight of the scalar reward model.")
+    rules: NonNegativeFloat = knob(1.0, "Weight of the rules' sum.")
+
+
+class RewardRules(Section):
+    """`reward.rules.*`: weights of rules that each give 0 (bad) to 1, for reward.kind=rules and mix."""
+
+    format: NonNegativeFloat = knob(1.0, "1 for a reply without any defect of format, else 0.")
+    leak: NonNegativeFloat = knob(1.0, "0 where a hidden thought shows, else 1.")
+    length: NonNegativeFloat = knob(0.0, "1 inside [min_words, max_words] visible words, less outside.")
+    repetition: NonNegativeFloat = knob(0.0, "1 less the share of 4-grams that stood in the reply before.")
+    min_words: PositiveInt = knob(5, "Shortest visible reply without a loss, words.")
+    max_words: PositiveInt = knob(120, "Longest visible reply without a loss, words; twice as many get 0.")
+
+
+class Diversity(Section):
+    """`reward.diversity.*`: a reward for differing inside a group, and a watch over the last replies."""
+
+    pattern_weight: NonNegativeFloat = knob(
+        0.0, "Weight of the share of other replies to the prompt that are built in another order."
+    )
+    text_weight: NonNegativeFloat = knob(0.0, "Weight of 1 - BLEU against the other replies to the prompt.")
+    window: NonNegativeInt = knob(0, "Replies watched, the newest of the run; 0 turns the watch off.")
+    max_top1_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = knob(
+        None, "Collapsed: one pattern has more than this share of the window."
+    )
+    min_pattern_entropy: NonNegativeFloat | None = knob(
+        None, "Collapsed: the patterns of the window have less entropy than this, bits."
+    )
+    patience: PositiveInt = knob(3, "Rollouts in a row beyond a limit before the policy counts as collapsed.")
+    action: Literal["alert", "stop"] = knob(
+        "alert", "What a collapse does: alert says and logs it; stop also saves and ends the run."
+    )
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether differing is part of the reward."""
+        return self.pattern_weight > 0 or self.text_weight > 0

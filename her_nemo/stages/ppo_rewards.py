@@ -1,0 +1,39 @@
+"""The reward of a PPO run, as its configuration says. A new kind (rewards/reward.py: Reward) is added here."""
+
+from __future__ import annotations
+
+from her_nemo.config.schema import PpoConfig
+from her_nemo.megatron.qwen3 import Model
+from her_nemo.rewards.diversity import DiversityReward
+from her_nemo.rewards.reward import Mix, Reward
+from her_nemo.rewards.reward_model import ScalarReward
+from her_nemo.rewards.rules import RULES, RuleReward
+
+
+def build_reward(cfg: PpoConfig, reward_model: Model | None) -> Reward:
+    """What replies are scored by, in training and in validation alike. `reward_model`: where the kind needs one."""
+    reward = cfg.reward
+    parts: dict[str, tuple[float, Reward]] = {}
+    if reward_model is not None:
+        parts["scalar"] = (
+            reward.mix.scalar,
+            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size),
+        )
+    if reward.kind != "scalar":
+        given = reward.rules.model_dump()
+        rules = RuleReward(
+            {name: given[name] for name in RULES}, shortest=given["min_words"], longest=given["max_words"]
+        )
+        parts["rules"] = (reward.mix.rules, rules)
+    if reward.kind == "mix":
+        return Mix(parts)
+    return parts[reward.kind][1]
+
+
+def with_diversity(cfg: PpoConfig, reward: Reward) -> Reward:
+    """The reward of training: with what a reply earns by differing from its group, if that is on."""
+    diversity = cfg.reward.diversity
+    if not diversity.rewarded:
+        return reward
+    novelty = DiversityReward(diversity.pattern_weight, diversity.text_weight)
+    return Mix({"quality": (1.0, reward), "diversity": (1.0, novelty)})
