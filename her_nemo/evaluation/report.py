@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from markupsafe import Markup
 
 from her_nemo.evaluation.charts import Curve, finite, line_chart, number
 from her_nemo.evaluation.figures import Report, checks, duration, models_of, table, tiles, title_of
+from her_nemo.roleplay.tags import find_tags
 from her_nemo.roleplay.turn import Finding, parse_turn
 from her_nemo.training.logging import METRICS_FILE, series
 
@@ -26,7 +26,6 @@ Series = Mapping[str, Sequence[tuple[int, float]]]
 
 TEMPLATE = "report.html.jinja"
 MODEL_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
-_TAG = re.compile(r"</?(?:system_thinking|role_thinking|role_action)>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def pieces(text: str, *, expect_name: str | None = None) -> tuple[list[Piece], l
     spans = [(segment.start, segment.end, segment.kind.value) for segment in turn.segments]
     if turn.name_span:
         spans.append((*turn.name_span, "name"))
-    tags = [found.span() for found in _TAG.finditer(text)]
+    tags = [(tag.start, tag.end) for tag in find_tags(text)[0]]
     marked = [
         finding for finding in turn.findings if finding.start < finding.end and not _whole(finding, text)
     ]

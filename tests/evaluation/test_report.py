@@ -183,6 +183,8 @@ def test_pieces_tile_the_reply_and_mark_what_is_wrong() -> None:
     assert nowhere == ["missing_plan", "missing_name"]
     parts, _ = pieces(GOOD.replace("role_action", "Role_Action"))
     assert [part.text for part in parts if "bad" in part.classes] == ["<Role_Action>", "</Role_Action>"]
+    parts, _ = pieces("<think>plan</think>Hello")
+    assert [part.text for part in parts if "tag" in part.classes.split()] == ["<think>", "</think>"]
 
 
 def test_checks_pass_fail_or_stay_open(report: dict) -> None:
