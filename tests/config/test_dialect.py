@@ -160,7 +160,7 @@ def test_lora_is_read_as_nemo_aligner_writes_it(tmp_path: Path) -> None:
     found = {problem.key: str(problem) for problem in caught.value.problems}
     assert set(found) == {f"{tuning}.target_modules", f"{tuning}.adapter_dim", f"{tuning}.adapter_dropout"}
     assert "'attention_qkv'" in found[f"{tuning}.target_modules"]
-    with pytest.raises(ConfigErrors, match="did you mean model[.]peft[.]lora_tuning[.]adapter_dim"):
+    with pytest.raises(ConfigErrors, match=r"did you mean model\.peft\.lora_tuning\.adapter_dim"):
         compose.load("sft", [f"{tuning}.adapter_dm=8"], tmp_path, "mine")
     with pytest.raises(ConfigErrors, match="this stage trains all weights"):
         compose.load("reward", ["model.restore_from_path=/b", "model.data.train_ds.file_path=/t",
