@@ -28,14 +28,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("aligner"))
 
 
-@pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+@pytest.fixture(scope="session")
+def stage() -> Callable[..., None]:
     """Runs a stage of the command line in this process: importing NeMo takes longer than the runs themselves."""
     from her_nemo import cli
-
-    # A worker of the suite is no rank of a run.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
 
     def run(name: str, *overrides: str) -> None:
         assert cli.main([name, *overrides]) == 0
