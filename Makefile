@@ -9,7 +9,7 @@ ARGS ?=
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FAST = not slow and not parallel and not demo and not vllm and not gpu
 
-.PHONY: help setup setup-nemo demo test test-fast test-gpu test-nemo lint lock
+.PHONY: help setup setup-nemo demo test test-fast test-gpu test-nemo test-slurm lint lock
 
 help:
 	@echo "make demo [SEED=0] [OUT=runs/demo]  the whole line on the miniature world, with a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-fast [ARGS=...]           without the slow, parallel, vLLM and demo tests"
 	@echo "make test-gpu [ARGS=...]            what needs CUDA; each is skipped, with the reason, where there is none"
 	@echo "make test-nemo [ARGS=...]           the tests of trainer.backend=nemo_aligner, in .venv-nemo"
+	@echo "make test-slurm [ARGS=...]          the job scripts under a Slurm of their own (Debian: slurmctld slurmd munge)"
 	@echo "make lint                           ruff"
 	@echo "make setup                          .venv only"
 	@echo "make setup-nemo                     .venv-nemo only: NeMo-Aligner and NeMo, on the CPU"
@@ -36,6 +37,9 @@ test: setup
 
 test-fast: setup
 	@$(TEST_ENV) $(VENV)/bin/python -m pytest -m "$(FAST)" $(ARGS)
+
+test-slurm: setup
+	@$(TEST_ENV) $(VENV)/bin/python -m pytest tests/stages/test_real_slurm.py tests/stages/test_slurm.py $(ARGS)
 
 test-gpu: setup
 	@$(TEST_ENV) $(VENV)/bin/python -m pytest tests/gpu $(ARGS)

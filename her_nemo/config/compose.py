@@ -263,7 +263,7 @@ def _validate(
         )
         raise ConfigErrors([*request.problems, problem], stage=stage) from error
     known = [key for key, _ in known_keys(schema)]
-    said, refused = dialect.translate(plain, known)
+    said, refused = dialect.translate(plain, known, {key for key, _ in request.values})
     notes += said
     request.problems += [replace(problem, where=_who_set(problem.key, sources, request)) for problem in refused]
     try:

@@ -7,7 +7,7 @@ value is a problem, since it asks for something that is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,8 +253,13 @@ def fate(key: str) -> Fate | None:
     return None
 
 
-def translate(plain: dict[str, Any], known: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """Rewrite a resolved configuration in place. Returns (what was done, one line each; what cannot be done)."""
+def translate(
+    plain: dict[str, Any], known: Iterable[str], typed: Collection[str] = ()
+) -> tuple[list[str], list[Problem]]:
+    """Rewrite a resolved configuration in place. Returns (what was done, one line each; what cannot be done).
+
+    `typed`: the keys of the command line, which a file's key never overrules, whatever its name.
+    """
     ours = set(known)
     notes: list[str] = []
     problems: list[Problem] = []
@@ -266,6 +271,8 @@ def translate(plain: dict[str, Any], known: Iterable[str]) -> tuple[list[str], l
             found = Fate(reason=f"this stage has no {found.to}")
         elif key == "exp_manager.exp_dir" and _get(plain, found.to) not in (None, "???"):
             found = Fate(reason="exp_manager.explicit_log_dir is given")
+        elif found.to in typed and key not in typed:
+            found = Fate(reason=f"{found.to} is given on the command line")
         _remove(plain, key)
         if found.accepts and value not in found.accepts:
             problems.append(

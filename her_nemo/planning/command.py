@@ -20,13 +20,13 @@ from her_nemo.planning import preflight, preflight_files, published, search, sta
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
-FLAGS = ("--json", "--search", "--strict")
-USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search] [--length TOKENS] [--strict]
+FLAGS = ("--json", "--search", "--fp8", "--strict")
+USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search [--fp8]] [--length TOKENS] [--strict]
        her-nemo plan --published
 
 Preflight, memory per GPU and phase, seconds per phase. OVERRIDE as for the stage itself, e.g.
   her-nemo plan ppo model=qwen3_32b cluster=h100_4x8 precision=bf16 --search
---search     the fastest layouts that fit the cluster
+--search     the fastest layouts that fit the cluster; with --fp8 also in FP8
 --length N   mean tokens of a sequence, for times (default: the longest, model.encoder_seq_length)
 --json       the same as JSON
 --strict     a required key that was not given is a problem (as for the stage itself; Slurm jobs use this)
@@ -70,9 +70,14 @@ def main(words: list[str]) -> int:
     if stage == "data" and words:  # `plan data ingest` as `data ingest`
         stage, words = f"data_{words[0]}", words[1:]
     typed = arguments.parse(words, "her-nemo plan", flags=FLAGS, options=["--length"])
+    if "fp8" in typed.flags and "search" not in typed.flags:
+        raise UserError("--fp8 goes with --search; to plan FP8 itself give model.fp8=true")
     options = dict(typed.options)
     length = _positive(options.pop("length", None))
-    answer = answer_for(stage, typed.overrides, length=length, search_layouts="search" in typed.flags, **options)
+    answer = answer_for(
+        stage, typed.overrides, length=length, search_layouts="search" in typed.flags, fp8="fp8" in typed.flags,
+        **options,
+    )  # fmt: skip
     if "strict" in typed.flags:
         hint = "add {}=... to the command line"
         answer.problems += [Problem(key, MISSING, "", hint.format(key)) for key in answer.to_give]
@@ -94,6 +99,7 @@ def answer_for(
     *,
     length: float | None = None,
     search_layouts: bool = False,
+    fp8: bool = False,
     config_dir: str | None = None,
     config_name: str | None = None,
 ) -> Answer:
@@ -131,7 +137,7 @@ def answer_for(
     if not answer.fits and not search_layouts:
         answer.fixes = search.fixes(config, shape, length=length)
     if search_layouts:
-        answer.found = search.layouts(config, shape, length=length)
+        answer.found = search.layouts(config, shape, length=length, fp8=fp8)
     return answer
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from her_nemo.config.errors import UserError
 from her_nemo.planning import precision_checks
+from her_nemo.planning.calibration import GPUS
 from her_nemo.planning.preflight import data_parallel_size
 from her_nemo.planning.shapes import Shape
 from her_nemo.planning.stages import StagePlan, TrainingConfig, plan
@@ -77,24 +79,40 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
 
 
 def layouts(
-    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5
+    config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5, fp8: bool = False
 ) -> list[Option]:
     """The `best` fastest configurations that fit, over TP, PP, DP, micro-batch, recomputation and precision.
 
-    TP stays within a machine; sequence parallelism goes with TP. DP follows from the rest.
+    TP stays within a machine; sequence parallelism goes with TP. DP follows from the rest. FP8 changes what is learned
+    more than bf16 does, so it is looked at only if asked for (`fp8`). Context parallelism and interleaved stages are
+    not: the trainer has neither.
+
+    Raises:
+        UserError: `fp8`, where the stage or the GPU has no FP8.
     """
+    if fp8 and "fp8" not in type(config.model).model_fields:
+        raise UserError("--fp8: this stage has no model.fp8")
+    gpu = GPUS[config.trainer.gpu or "h100_80gb"]
+    if fp8 and gpu.fp8 <= gpu.bf16:
+        raise UserError(f"--fp8: {gpu.name} has no FP8; choose a cluster of H100 or H200")
     found: list[Option] = []
     trainer = config.trainer
     tensors = [size for size in (1, 2, 4, 8) if size <= trainer.devices]
     pipelines = [
         size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16
     ]
-    precisions = dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
+    precisions = [
+        {"trainer.precision": name} for name in dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
+    ]
+    if fp8:
+        precisions = [{**choice, "model.fp8": False} for choice in precisions]
+        precisions.append({"trainer.precision": "bf16-mixed", "model.fp8": True})
     too_large: set[tuple[Any, ...]] = set()  # a larger micro-batch needs no less
     for rows, tensor, pipeline, redo, precision in itertools.product(
         (1, 2, 4, 8), tensors, pipelines, (False, True), precisions
     ):
-        if (tensor, pipeline, redo, precision) in too_large:
+        kind = (tensor, pipeline, redo, *precision.values())
+        if kind in too_large:
             continue
         changes = {
             TP: tensor,
@@ -102,14 +120,14 @@ def layouts(
             "model.sequence_parallel": tensor > 1,
             "model.micro_batch_size": rows,
         }
-        changes |= (FULL if redo else NONE) | {"trainer.precision": precision}
+        changes |= (FULL if redo else NONE) | precision
         changed = with_keys(config, changes)
         if _divides(changed, shape):
             option = Option(changes, plan(changed, shape, length))
             if option.plan.headroom >= 0:
                 found.append(option)
             else:
-                too_large.add((tensor, pipeline, redo, precision))
+                too_large.add(kind)
     found.sort(key=lambda option: option.plan.step_seconds)
     return [Option(_news(config, option.changes), option.plan) for option in _distinct(found)[:best]]
 

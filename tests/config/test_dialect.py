@@ -138,6 +138,17 @@ def test_a_file_of_theirs_runs_and_everything_is_said(tmp_path: Path) -> None:
     assert (keeping.monitor, keeping.mode) == ("val/loss", "min")
 
 
+def test_the_command_line_wins_over_a_translated_key_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "gpt_sft.yaml").write_text(FILE)
+    notes: list[str] = []
+    given = ["model.global_batch_size=8", "model.data.train_ds.micro_batch_size=4"]
+    config = compose.load("sft", given, tmp_path, "gpt_sft", notes)
+    assert (config.model.global_batch_size, config.model.micro_batch_size) == (8, 4)
+    reason = "model.global_batch_size is given on the command line"
+    assert f"model.data.train_ds.global_batch_size has no effect: {reason}" in notes
+    assert "model.data.train_ds.micro_batch_size -> model.micro_batch_size" in notes
+
+
 def test_what_is_asked_for_and_not_done_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(FILE.replace("weight_tying: false", "weight_tying: true"))
     with pytest.raises(ConfigErrors) as caught:

@@ -11,7 +11,7 @@ import pytest
 
 from her_nemo.config import compose, partial
 from her_nemo.config.errors import ConfigErrors, UserError
-from her_nemo.config.schema import PpoConfig, SftConfig
+from her_nemo.config.schema import PpoConfig, SftConfig, SftModel
 from her_nemo.config.sections import Trainer
 from her_nemo.planning import calibration as cal
 from her_nemo.planning import command, memory, search, stages
@@ -143,6 +143,26 @@ def test_the_search_finds_layouts_that_preflight_accepts() -> None:
         assert again.fits
         assert again.plan.step_seconds == pytest.approx(option.plan.step_seconds)
         assert "% of the step is" in option.why()
+
+
+def test_fp8_is_looked_at_when_asked_for_and_where_there_is_some() -> None:
+    given = ["model=qwen3_32b", "precision=bf16", "model.global_batch_size=64", *SEARCHED]
+    if "fp8" not in SftModel.model_fields:
+        with pytest.raises(UserError, match=r"no model\.fp8"):
+            command.main(["sft", *given, "--search", "--fp8"])
+        return
+    plain = answer("sft", *given, search_layouts=True)
+    both = answer("sft", *given, search_layouts=True, fp8=True)
+    assert not any(option.changes.get("model.fp8") for option in plain.found)
+    assert both.found[0].changes["model.fp8"]
+    assert both.found[0].plan.step_seconds < plain.found[0].plan.step_seconds
+    with pytest.raises(UserError, match="A100 80 GB SXM has no FP8"):
+        answer("sft", *given, "cluster=a100_8x8", search_layouts=True, fp8=True)
+
+
+def test_fp8_goes_with_search() -> None:
+    with pytest.raises(UserError, match="goes with --search"):
+        command.main(["sft", "--fp8"])
 
 
 def test_a_wrong_layout_is_a_problem_not_a_plan() -> None:

@@ -24,7 +24,7 @@ LOCAL_SLURM = ROOT / "tools" / "local_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
 DEADLINE = 1200
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
-SFT_STEPS, PPO_STEPS = 400, 80
+SFT_STEPS, PPO_STEPS = 400, 8
 # One task a node unless a test says otherwise; two nodes share this machine's cores.
 SMALL = ["--cpus-per-task=1", "--gpus-per-node=0"]
 VLLM = {
@@ -149,11 +149,12 @@ def steps_of(out: Path, tag: str) -> list[int]:
     return [row["step"] for row in rows if row["tag"] == tag]
 
 
-def through_its_time_limit(slurm: Slurm, number: str, out: Path, tag: str, steps: int) -> int:
-    """Bring a running job's limit near, see it save and requeue, and wait for its end. Its last step before that."""
+def stopped_and_gone_on(
+    slurm: Slurm, number: str, out: Path, tag: str, steps: int, stop: Callable[[], object]
+) -> None:
+    """At the second step stop a job, see it save and requeue, and wait for its end."""
     slurm.wait(number, lambda: len(steps_of(out, tag)) >= 2, "second step")
-    # Five minutes are left of it, and --signal=B:TERM@300 asks for the warning five minutes before the end.
-    slurm.limit(number, 6)
+    stop()
     slurm.wait(number, lambda: slurm.job(number)["Restarts"] == "1", "requeue")
     slurm.limit(number, 60)
     stopped = steps_of(out, tag)[-1]
@@ -165,7 +166,6 @@ def through_its_time_limit(slurm: Slurm, number: str, out: Path, tag: str, steps
     assert "told to stop; the ranks save and end" in said
     assert "start 2, logs in" in said
     assert steps_of(out, tag) == list(range(1, steps + 1))
-    return stopped
 
 
 def test_sft_on_two_nodes_meets_its_time_limit_and_goes_on(
@@ -174,7 +174,8 @@ def test_sft_on_two_nodes_meets_its_time_limit_and_goes_on(
     out = tmp_path / "run"
     options = ["--nodes=2", "--ntasks-per-node=1", "--time=60"]
     number = slurm.submit(options, "sft.sh", sft(place, out))
-    through_its_time_limit(slurm, number, out, "train/loss", SFT_STEPS)
+    # Five minutes are left of it, and --signal=B:TERM@300 asks for the warning five minutes before the end.
+    stopped_and_gone_on(slurm, number, out, "train/loss", SFT_STEPS, lambda: slurm.limit(number, 6))
     said = slurm.said(number)
     assert "preflight of sft: nothing wrong" in said
     assert "her-nemo: sft is done" in said
@@ -182,12 +183,15 @@ def test_sft_on_two_nodes_meets_its_time_limit_and_goes_on(
     assert re.search(r"^0: sft: ", ranks, re.MULTILINE), ranks
 
 
-def test_rl_meets_its_time_limit_and_goes_on(place: Place, slurm: Slurm, tmp_path: Path) -> None:
+def test_rl_is_told_to_stop_and_goes_on(place: Place, slurm: Slurm, tmp_path: Path) -> None:
+    """The signal is Slurm's own, but sent at once: to the script alone, as --signal=B: does."""
     out = tmp_path / "run"
-    number = slurm.submit(
-        ["--nodes=1", "--ntasks-per-node=2", "--time=60"], "rl.sh", ppo(place, out, PPO_STEPS)
-    )
-    through_its_time_limit(slurm, number, out, "train_rollouts/rewards", PPO_STEPS)
+    options = ["--nodes=1", "--ntasks-per-node=2", "--time=60"]
+    number = slurm.submit(options, "rl.sh", ppo(place, out, PPO_STEPS))
+    stopped_and_gone_on(
+        slurm, number, out, "train_rollouts/rewards", PPO_STEPS,
+        lambda: slurm("scancel", "--batch", "--signal=TERM", number),
+    )  # fmt: skip
 
 
 def test_a_job_that_is_cancelled_stays_so(place: Place, slurm: Slurm, tmp_path: Path) -> None:
