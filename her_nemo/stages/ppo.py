@@ -256,9 +256,10 @@ def report_rollout(
     here: Run, step: int, experience: Experience, replies: Replies, gap: float, told: dict[str, torch.Tensor]
 ) -> tuple[dict[str, float], list[str]]:
     """Log one rollout (collective); returns its sums over all replicas, and all replies in the order of prompts."""
-    sums = global_sums([ex.statistics(experience) | told])
+    own = {f"{tags.TOLD}{name}": value for name, value in told.items()}  # a reward may name its parts as it likes
+    sums = global_sums([ex.statistics(experience) | own])
     here.tokens += int(sums["sequence_tokens"])
-    here.metrics.log(step, tags.rollout_tags(sums, gap) | tags.reward_tags(sums, list(told)))
+    here.metrics.log(step, tags.rollout_tags(sums, gap) | tags.reward_tags(sums))
     parts = parallel.data_gather_objects(list(replies.texts))
     if here.main:
         here.metrics.log(step, tags.roleplay_tags([text for part in parts for text in part]))

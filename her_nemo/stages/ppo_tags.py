@@ -14,6 +14,7 @@ from her_nemo.data.tokenise import KIND_NAMES
 from her_nemo.evaluation.vitals import vitals
 from her_nemo.training.learner import mean_loss
 
+TOLD = "told/"  # before the names of sums that are not of every run
 ROLLOUT_MEANS = ("rewards", "rewards_with_kl", "init_policy_kl", "response_lengths", "finished")
 
 
@@ -36,14 +37,15 @@ def mean_reward(sums: dict[str, float]) -> float:
     return sums["rewards"] / sums["scored"] if sums["scored"] else 0.0
 
 
-def reward_tags(sums: dict[str, float], names: Sequence[str]) -> dict[str, float]:
-    """What the reward told besides its score, a reply, and the weights against the engine, a token; `names`: theirs."""
+def reward_tags(sums: dict[str, float]) -> dict[str, float]:
+    """What the reward told besides its score, a reply, and the weights against the engine, a token."""
     tags = {}
-    for name in names:
+    for key in (key for key in sums if key.startswith(TOLD)):
+        name = key.removeprefix(TOLD)
         if name.startswith("importance"):
-            tags[f"rollout/{name}"] = sums[name] / sums["tokens"]
-        elif name != "unscored" or sums[name]:
-            tags[f"reward/{name}"] = sums[name] / sums["samples"]
+            tags[f"rollout/{name}"] = sums[key] / sums["tokens"]
+        elif name != "unscored" or sums[key]:
+            tags[f"reward/{name}"] = sums[key] / sums["samples"]
     return tags
 
 
