@@ -85,8 +85,7 @@ def prove(
     if parallel.is_main():
         # transformers wants it to load a model at all; without config.json nobody else takes it for one.
         (partial / "generation_config.json").write_text(json.dumps(_ends(tokeniser), indent=1) + "\n")
-    parallel.barrier()
-    proof.tensors_agree(partial, held, dtype, found)
+        proof.tensors_agree(partial, held, dtype, found)
     config = proof.hf_config(source.shape, source.head, dtype, _ends(tokeniser))
     if how == "full":
         # fp32 on both sides, with the weights as they were rounded: the same function to the last digits.
