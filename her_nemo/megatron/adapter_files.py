@@ -110,17 +110,17 @@ class MergedTensors:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name in self._adapted else self._base.dtype(name)
 
-    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [start, stop), the same bits however they are asked for; in `out` if given."""
-        if name not in self._adapted:
-            return self._base.rows(name, start, stop, out)
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), the same bits however they are asked for."""
         rows = self._base.rows(name, start, stop)
+        if name not in self._adapted:
+            return rows
         a, scale, count = self._adapters.hf_a(name).float(), self._adapters.lora.scale, self.shape(name)[0]
         parts = []
         for block in range(start - start % _PRODUCT_ROWS, stop, _PRODUCT_ROWS):
             b = self._adapters.hf_b(name, block, min(block + _PRODUCT_ROWS, count)).float()
             parts.append((b @ a)[max(0, start - block) : stop - block])
-        return torch.add(rows.float(), torch.cat(parts) * scale, out=out)
+        return rows.float() + torch.cat(parts) * scale
 
     def whole(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, self.shape(name)[0])

@@ -97,18 +97,12 @@ class Quantised:
                 found[name + SCALE] = (tuple(map(blocks_of, size)), torch.float32)
         return found
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Of what `rows` gives."""
-        if name.endswith(SCALE):
-            return torch.float32
-        return E4M3 if is_quantised(name) else self._held.dtype(name)
-
-    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of a tensor of the files, in `out` if given. UserError if a weight is not finite."""
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor of the files. UserError if a weight is not finite."""
         of_scales = name.endswith(SCALE)
         source = name.removesuffix(SCALE)
         if not is_quantised(source):
-            return self._held.rows(name, start, stop, out)
+            return self._held.rows(name, start, stop)
         first, last = (start * BLOCK, stop * BLOCK) if of_scales else (start, stop)
         size = self._held.shape(source)[0]
         first, last = _aligned(first, min(last, size), size)
@@ -116,8 +110,7 @@ class Quantised:
         if not bool(whole.isfinite().all()):
             raise UserError(f"{source}: holds numbers that are not finite: it has no fp8 form")
         numbers, scales = quantise(whole)
-        found = scales if of_scales else numbers[start - first : stop - first]
-        return found if out is None else out.copy_(found)
+        return scales if of_scales else numbers[start - first : stop - first]
 
     def close(self) -> None:
         self._held.close()

@@ -168,7 +168,7 @@ def _megatron_blocks(
 ) -> Iterator[tuple[str, Block, torch.Tensor, bool]]:
     """(file, block, its rows, whether it is the file's last): the reading half of `to_torch_dist`."""
     tables: dict[Whole, list[Span]] = {}
-    memory, parts = BlockMemory(dtype), Slabs(HANDED)
+    memory, parts = BlockMemory(), Slabs(HANDED)
     last: tuple[Whole, int, int] | None = None
     rows = torch.empty(0)
     for name, group in files:
@@ -177,7 +177,7 @@ def _megatron_blocks(
             table = tables.setdefault(whole, spans(whole.entry, shape, whole.shape[0]))
             # Rows that are cut by columns are read once for all of their parts.
             if last != (whole, block.start, block.stop):
-                rows = _whole_rows(held, table, block, memory)
+                rows = _whole_rows(held, table, block, dtype, memory)
                 last = (whole, block.start, block.stop)
             part = rows
             if block.columns is not None:
@@ -186,12 +186,14 @@ def _megatron_blocks(
             yield name, block, part, index == len(group) - 1
 
 
-def _whole_rows(held: HfTensors, table: list[Span], block: Block, memory: BlockMemory) -> torch.Tensor:
+def _whole_rows(
+    held: HfTensors, table: list[Span], block: Block, dtype: torch.dtype, memory: BlockMemory
+) -> torch.Tensor:
     """The rows of a block over all columns, cast."""
     dtypes = {held.dtype(name) for name in block.whole.entry.names}
     size = (block.stop - block.start, *block.whole.shape[1:])
-    out = memory.place(size, dtypes.pop()) if len(dtypes) == 1 else None
-    return memory.cast(megatron_rows(held, table, block.start, block.stop, out), block.whole.entry.names[0])
+    out = memory.place(size, dtypes.pop(), dtype) if len(dtypes) == 1 else None
+    return memory.cast(megatron_rows(held, table, block.start, block.stop, out), dtype, block.whole.entry.names[0])
 
 
 def _placed(block: Block, rows: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -309,14 +311,12 @@ def _hf_blocks(
     block_bytes: int,
 ) -> Iterator[tuple[str, dict[str, tuple[int, ...]], str, int, torch.Tensor, bool]]:
     """(file, its tensors, tensor, first row, rows, whether the last of the file): the reading half."""
-    memories: dict[torch.dtype, BlockMemory] = {}
+    memory = BlockMemory()
     for file, tensors in files:
         last_name = list(tensors)[-1]
         for name, size in tensors.items():
-            memory = memories.setdefault(dtypes[name], BlockMemory(dtypes[name]))
             for start, stop in row_blocks(size[0], row_bytes_of(size, dtypes[name]), block_bytes):
-                out = memory.place((stop - start, *size[1:]), held.dtype(name))
-                rows = memory.cast(held.rows(name, start, stop, out), name)
+                rows = memory.read(held, name, start, stop, dtypes[name])
                 yield file, tensors, name, start, rows, name == last_name and stop == size[0]
 
 

@@ -15,17 +15,20 @@ class Rows(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def rows(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor: ...
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 
 
 def megatron_rows(
     held: Rows, table: Sequence[Span], start: int, stop: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows [start, stop) of a megatron-core tensor from its Hugging Face tensors; into `out`, if one dtype is all."""
+    """Rows [start, stop) of a megatron-core tensor from its Hugging Face tensors.
+
+    `out`: where to read them, of their one dtype; for sources that read into given memory.
+    """
     parts = []
     for span, first, last in _overlaps(table, start, stop):
-        place = None if out is None else out[first - start : last - start]
-        parts.append(held.rows(span.name, span.start + first - span.row, span.start + last - span.row, place))
+        place = () if out is None else (out[first - start : last - start],)
+        parts.append(held.rows(span.name, span.start + first - span.row, span.start + last - span.row, *place))
     if out is not None:
         return out
     return parts[0] if len(parts) == 1 else torch.cat(parts)

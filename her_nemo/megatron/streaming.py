@@ -26,7 +26,7 @@ from her_nemo.config.errors import UserError
 from her_nemo.megatron.direct_file import Slabs
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import Whole, hf_shapes, spans, wholes
-from her_nemo.megatron.row_map import hf_intervals
+from her_nemo.megatron.row_map import Rows, hf_intervals
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
 from her_nemo.megatron.torch_dist import TorchDist
 
@@ -162,19 +162,25 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str, out: torch.Tensor 
 class BlockMemory:
     """Memory that blocks are read into and cast in. A block is overwritten when `HANDED` later ones were made."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._handed, self._before = Slabs(HANDED), Slabs(1)
 
-    def place(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Where to read a block of this dtype."""
-        return (self._handed if dtype == self._dtype else self._before).take(shape, dtype)
+    def place(self, shape: Sequence[int], dtype: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
+        """Where to read a block of `dtype` that is `wanted` in another, or in the same."""
+        return (self._handed if dtype == wanted else self._before).take(shape, dtype)
 
-    def cast(self, block: torch.Tensor, name: str) -> torch.Tensor:
-        """The block in the dtype that is wanted."""
-        if block.dtype == self._dtype:
-            return block
-        return cast(block, self._dtype, name, self._handed.take(block.shape, self._dtype))
+    def cast(self, block: torch.Tensor, wanted: torch.dtype, name: str) -> torch.Tensor:
+        """The block in the dtype that is wanted, contiguous."""
+        if block.dtype == wanted:
+            return block.contiguous()
+        return cast(block, wanted, name, self._handed.take(block.shape, wanted))
+
+    def read(self, held: Rows, name: str, start: int, stop: int, wanted: torch.dtype) -> torch.Tensor:
+        """Rows [start, stop) of a tensor. A source that computes its rows brings its own memory."""
+        if not isinstance(held, HfTensors | MegatronTensors):
+            return self.cast(held.rows(name, start, stop), wanted, name)
+        place = self.place((stop - start, *held.shape(name)[1:]), held.dtype(name), wanted)
+        return self.cast(held.rows(name, start, stop, place), wanted, name)
 
 
 class Journal:
@@ -272,14 +278,13 @@ class Digest:
 
 def tensor_digests(held: Tensors, dtypes: Mapping[str, torch.dtype], block_bytes: int = BLOCK_BYTES) -> dict[str, str]:
     """SHA-256 over dtype, shape and bytes of tensors cast to dtypes, a block at a time; read in a thread of its own."""
-    memory = Slabs(HANDED)
+    memory = BlockMemory()
 
     def blocks() -> Iterator[tuple[str, torch.Tensor]]:
         for name, dtype in dtypes.items():
-            shape, own = held.shape(name), held.dtype(name)
+            shape = held.shape(name)
             for start, stop in row_blocks(shape[0], row_bytes_of(shape, torch.float32), block_bytes):
-                rows = held.rows(name, start, stop, memory.take((stop - start, *shape[1:]), own))
-                yield name, cast(rows, dtype, name)
+                yield name, memory.read(held, name, start, stop, dtype)
 
     found = {name: hashlib.sha256(digest_head(dtype, held.shape(name))) for name, dtype in dtypes.items()}
     for name, rows in ahead(blocks()):

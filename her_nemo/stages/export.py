@@ -100,12 +100,11 @@ def prove(
     if parallel.is_main():
         # transformers wants it to load a model at all; without config.json nobody else takes it for one.
         (partial / "generation_config.json").write_text(json.dumps(_ends(tokeniser), indent=1) + "\n")
-    parallel.barrier()
-    proof.tensors_agree(partial, held, dtype, found)
-    if parallel.is_main() and cfg.dtype == "fp8":
-        tensors = source.tensors()
-        proof_fp8.weights_agree(partial, tensors, found)
-        tensors.close()
+        proof.tensors_agree(partial, held, dtype, found)
+        if cfg.dtype == "fp8":
+            tensors = source.tensors()
+            proof_fp8.weights_agree(partial, tensors, found)
+            tensors.close()
     config = proof.hf_config(source.shape, source.head, dtype, _ends(tokeniser))
     beside = adapters_beside(cfg, source) if how == "full" else None
     if how == "full" and cfg.dtype == "fp8":

@@ -9,9 +9,8 @@ from tqdm import tqdm
 
 from her_nemo.config.schema import VerifyConfig
 from her_nemo.megatron import platform
-from her_nemo.megatron.direct_file import Slabs
 from her_nemo.megatron.qwen3_map import LM_HEAD, hf_shapes
-from her_nemo.megatron.streaming import BLOCK_BYTES, Tensors, row_blocks, row_bytes_of
+from her_nemo.megatron.streaming import BLOCK_BYTES, BlockMemory, Tensors, row_blocks, row_bytes_of
 from her_nemo.training import source as sources
 
 DIFFERENT = 1
@@ -35,7 +34,7 @@ def run(cfg: VerifyConfig) -> int:
     order += sorted((a.names() | b.names()) - set(order))
     # Where embeddings are tied, a head that is stored again has been checked to be the embedding.
     skipped = {LM_HEAD} if one.shape.tied and other.shape.tied and one.head == other.head == "lm" else set()
-    differences, rounded, memory = [], set(), Slabs(2)
+    differences, rounded, memory = [], set(), BlockMemory()
     for name in tqdm([name for name in order if name not in skipped], desc=cfg.name, unit="tensor", disable=None):
         found = compare(name, a, b, memory)
         if isinstance(found, Difference):
@@ -74,7 +73,7 @@ def _settings(one: sources.ModelSource, other: sources.ModelSource) -> list[tupl
     return [("head", one.head, other.head), *found]
 
 
-def compare(name: str, a: Tensors, b: Tensors, memory: Slabs, block_bytes: int = BLOCK_BYTES) -> Difference | str:
+def compare(name: str, a: Tensors, b: Tensors, memory: BlockMemory, block_bytes: int = BLOCK_BYTES) -> Difference | str:
     """How a tensor differs; else "" if it is the same bit for bit, or the dtype it is the same in after rounding."""
     for held, which in ((a, "second"), (b, "first")):
         if name not in held.names():
@@ -85,8 +84,7 @@ def compare(name: str, a: Tensors, b: Tensors, memory: Slabs, block_bytes: int =
     shape = a.shape(name)
     count, largest, first = 0, 0.0, ""
     for start, stop in row_blocks(shape[0], row_bytes_of(shape, torch.float32), block_bytes):
-        size = (stop - start, *shape[1:])
-        mine, theirs = (held.rows(name, start, stop, memory.take(size, held.dtype(name))).to(dtype) for held in (a, b))
+        mine, theirs = (memory.read(held, name, start, stop, held.dtype(name)).to(dtype) for held in (a, b))
         # Bits, not values: -0 is not 0, and NaN may be itself.
         if torch.equal(mine.view(_BITS[dtype]), theirs.view(_BITS[dtype])):
             continue

@@ -51,6 +51,20 @@ def test_transformers_reads_what_is_written(head: str, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_buckets_are_the_same_tensors_in_groups() -> None:
+    model = qwen3.build(TINY, trainable=False)
+    tensors = [(name, tensor.clone()) for name, tensor in weights.hf_tensors(model)]
+    limit = 16_000
+    buckets = [[(name, tensor.clone()) for name, tensor in group] for group in weights.hf_buckets(model, limit)]
+    sizes = [sum(tensor.nbytes for _, tensor in group) for group in buckets]
+    assert len(buckets) > 3
+    assert all(size <= limit or len(group) == 1 for size, group in zip(sizes, buckets, strict=True))
+    flat = [entry for group in buckets for entry in group]
+    for (name, tensor), (wanted, other) in zip(flat, tensors, strict=True):
+        assert name == wanted
+        assert torch.equal(tensor, other)
+
+
 def test_wrong_tensors_are_named_all_at_once(hf_dir: Path, tmp_path: Path) -> None:
     tensors = load_file(hf_dir / "model.safetensors")
     tensors.pop("model.norm.weight")
