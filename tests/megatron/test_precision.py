@@ -181,6 +181,9 @@ def test_the_optimizer_starts_from_what_was_loaded() -> None:
     assert torch.equal(parameter._high_precision_init_val, loaded)
     loaded.zero_()
     assert parameter._high_precision_init_val.sum() == 15
+    parameter.clear_high_precision_init_val = lambda: delattr(parameter, "_high_precision_init_val")
+    precision.forget(parameter)
+    assert not hasattr(parameter, "_high_precision_init_val")
     ordinary = torch.nn.Parameter(torch.zeros(2))
     precision.fill(ordinary, torch.ones(2))
     assert not hasattr(ordinary, "_high_precision_init_val")
