@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,17 @@ def plan(model: str, sequence: int, rows: int, precision: str, recompute: dict[s
     return stages.plan(config, Shape.from_architecture(config.model.architecture()))
 
 
-def largest(
+def fitting(
     models: tuple[str, ...], sequence: int, rows: int, gpu: str, memory: int
-) -> tuple[str, str, dict[str, Any]]:
-    """(model, precision, recomputation) of the first size, in the order given, that the planner fits into `memory`."""
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(model, precision, recomputation) that the planner fits into `memory`, in the order of `models`."""
     from her_nemo.planning import calibration
 
     for model in models:
         for precision, recompute in SETTINGS:
             needed = plan(model, sequence, rows, precision, recompute, gpu).peak.total
             if needed <= memory * calibration.USABLE_SHARE:
-                return model, precision, recompute
-    raise SystemExit(f"gpu_step: not even {models[-1]} fits {memory / 1e9:.0f} GB at {sequence} tokens")
+                yield model, precision, recompute
 
 
 def shape_of(model: str) -> Any:
@@ -178,9 +178,11 @@ def measure(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_a_process(work: dict[str, Any]) -> dict[str, Any]:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if work["device"] == "cpu" else {}
     done = subprocess.run(
-        [sys.executable, __file__, "--line", json.dumps(work)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, __file__, "--line", json.dumps(work)], env=os.environ | hidden, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     if done.returncode != 0:
         return {"error": f"exit code {done.returncode}", "said": done.stderr.strip()[-2000:]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -248,24 +250,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     gpu = gpu_name(device)
-    model, precision, recompute = options.model, options.precision, {}
+    chosen: Iterator[tuple[str, str, dict[str, Any]]] = iter([(options.model or "qwen3_tiny", "32", {})])
     if on_gpu:
         memory = torch.cuda.get_device_properties(0).total_memory
-        models = SIZES if model is None else (model,)
-        model, planned, recompute = largest(models, options.sequence, options.rows, gpu or "h100_80gb", memory)
-        precision = precision or planned
-    work = {
-        "model": model or "qwen3_tiny", "precision": precision or "32", "fp8": None, "recompute": recompute,
-        "rows": options.rows, "sequence": options.sequence, "steps": options.steps, "warmup": options.warmup,
-        "device": options.device, "what": "ours",
-    }  # fmt: skip
-    lines = {f"ours, {work['precision']}": work}
-    if platform.has_transformer_engine() and work["precision"] != "32":
+        models = SIZES if options.model is None else (options.model,)
+        chosen = fitting(models, options.sequence, options.rows, gpu or "h100_80gb", memory)
+    # The planner's memory is a count, not a measurement: what does not fit after all gives way to the next.
+    line: dict[str, Any] = {"error": OUT_OF_MEMORY, "said": "nothing that the planner knows fits this GPU"}
+    work: dict[str, Any] = {}
+    for model, precision, recompute in chosen:
+        work = {
+            "model": model, "precision": options.precision or precision, "fp8": None, "recompute": recompute,
+            "rows": options.rows, "sequence": options.sequence, "steps": options.steps, "warmup": options.warmup,
+            "device": options.device, "what": "ours",
+        }  # fmt: skip
+        line = in_a_process(work)
+        if line.get("error") != OUT_OF_MEMORY:
+            break
+    if not work:
+        raise SystemExit(f"gpu_step: {line['said']} at {options.sequence} tokens")
+    lines: dict[str, dict[str, Any]] = {}
+    if on_gpu and platform.has_transformer_engine() and work["precision"] != "32":
         lines[f"ours, fp8 {options.fp8_recipe}"] = work | {"fp8": options.fp8_recipe}
     if not options.no_transformers:
         lines["transformers"] = work | {"what": "transformers"}
     report: dict[str, Any] = {
-        "device": device, "gpu": gpu, "versions": versions(), "setting": work, "lines": {},
+        "device": device, "gpu": gpu, "versions": versions(), "setting": work,
+        "lines": {f"ours, {work['precision']}": with_rates(line, work, gpu)},
     }  # fmt: skip
     for name, what in lines.items():
         report["lines"][name] = with_rates(in_a_process(what), what, gpu)

@@ -54,7 +54,7 @@ class Trainer(Section):
     precision: Precision = knob("32", "Arithmetic of the model: 32, bf16, or bf16-mixed (fp32 main weights).")
 
     gpu: Literal["a100_80gb", "h100_80gb", "h200_141gb"] | None = knob(
-        None, "The kind of GPU, for `her-nemo plan`; null plans for h100_80gb."
+        None, "The kind of GPU, for `her-nemo plan` and for what FP8 needs; null plans for h100_80gb."
     )
 
     @property

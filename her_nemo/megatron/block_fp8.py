@@ -22,6 +22,7 @@ LARGEST = 448.0
 # Rounding to three bits of mantissa; below e4m3's smallest normal number, 2^-6, to steps of 2^-9.
 RELATIVE_BOUND, SUBNORMAL_BOUND = 2.0**-4, 2.0**-10
 SCALE = "_scale_inv"
+CHUNK = 2**22
 REST = torch.bfloat16
 _MATRICES = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
@@ -77,6 +78,13 @@ def _aligned(start: int, stop: int, size: int) -> tuple[int, int]:
     return start // BLOCK * BLOCK, min(size, blocks_of(stop) * BLOCK)
 
 
+def row_chunks(first: int, last: int, columns: int, numbers: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """[start, stop) of whole blocks of rows, about so many numbers each: memory does not grow with the matrix."""
+    step = max(1, numbers // columns // BLOCK) * BLOCK
+    for start in range(first, last, step):
+        yield start, min(last, start + step)
+
+
 class Quantised:
     """Another source's tensors under the names of the quantised files, computed as they are read.
 
@@ -104,13 +112,17 @@ class Quantised:
         if not is_quantised(source):
             return self._held.rows(name, start, stop)
         first, last = (start * BLOCK, stop * BLOCK) if of_scales else (start, stop)
-        size = self._held.shape(source)[0]
+        size, columns = self._held.shape(source)
         first, last = _aligned(first, min(last, size), size)
-        whole = self._held.rows(source, first, last)
-        if not bool(whole.isfinite().all()):
+        pieces = [self._quantised(source, *chunk)[of_scales] for chunk in row_chunks(first, last, columns)]
+        whole = torch.cat(pieces)
+        return whole if of_scales else whole[start - first : stop - first]
+
+    def _quantised(self, source: str, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._held.rows(source, first, last)
+        if not bool(rows.isfinite().all()):
             raise UserError(f"{source}: holds numbers that are not finite: it has no fp8 form")
-        numbers, scales = quantise(whole)
-        return scales if of_scales else numbers[start - first : stop - first]
+        return quantise(rows)
 
     def close(self) -> None:
         self._held.close()
@@ -142,12 +154,10 @@ class Dequantised:
     def whole(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, self.shape(name)[0])
 
-    def row_blocks(self, name: str, numbers: int = 2**22) -> Iterator[tuple[int, int]]:
-        """[start, stop) of whole blocks of rows, about so many numbers each."""
+    def row_blocks(self, name: str) -> Iterator[tuple[int, int]]:
+        """[start, stop) of rows to look at together."""
         rows, columns = self.shape(name)
-        step = max(1, numbers // columns // BLOCK) * BLOCK
-        for start in range(0, rows, step):
-            yield start, min(rows, start + step)
+        return row_chunks(0, rows, columns)
 
     def close(self) -> None:
         self._held.close()

@@ -180,6 +180,12 @@ def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     remember(parameter, values)
 
 
+def forget(parameter: torch.nn.Parameter) -> None:
+    """Drop those values of a parameter that no optimizer will step: they are a copy of the weight in host memory."""
+    if getattr(parameter, "_high_precision_init_val", None) is not None:
+        parameter.clear_high_precision_init_val()
+
+
 def remember(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Replace the values that Transformer Engine kept of an FP8 parameter's initialisation, if it kept any."""
     if getattr(parameter, "_high_precision_init_val", None) is not None:

@@ -24,7 +24,7 @@ from her_nemo.config.lora import Lora
 from her_nemo.megatron import adapters, parallel, platform
 from her_nemo.megatron.attention import layer_spec
 from her_nemo.megatron.heads import ScalarHead
-from her_nemo.megatron.precision import Precision, check_device, precision
+from her_nemo.megatron.precision import Precision, check_device, forget, precision
 
 Head = Literal["lm", "scalar"]
 
@@ -302,6 +302,8 @@ def build(
     else:
         module.requires_grad_(False)
         module.eval()
+        for parameter in module.parameters():
+            forget(parameter)
     return Model([chunk], shape, head, config, settings, padded, trainable, lora)
 
 

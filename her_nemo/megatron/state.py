@@ -219,7 +219,8 @@ def load(
     if (restore_rng if restore_rng is not None else optimizer is not None) and same_layout:
         _set_random_state(load_file(directory / _own_file("rng")))
     scales = directory / _own_file("fp8")
-    if optimizer is not None and same_layout and scales.is_file() and model.config.fp8_recipe == "delayed":
+    fp8 = model.precision.fp8
+    if optimizer is not None and same_layout and scales.is_file() and fp8 is not None and fp8.recipe == "delayed":
         fp8_state.restore(model.bare(), load_file(scales), get_fp8_recipe(model.config))
     parallel.barrier()
     return found["extra"]

@@ -6,6 +6,7 @@ differ by is written down, and a difference that no rounding makes is a failure.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -57,6 +58,9 @@ def weights_agree(directory: Path, held: Tensors, found: Findings) -> None:
 def outputs_close(directory: Path, config: Qwen3Config, outputs: torch.Tensor, found: Findings) -> None:
     """What transformers computes in fp32 from the dequantised weights, beside what Megatron computed unrounded."""
     head = head_of(config)
+    config = copy.deepcopy(config)
+    # The model under a scalar head is made in the config's dtype.
+    config.dtype = torch.float32
     network = (Qwen3ForCausalLM if head == "lm" else Qwen3ForSequenceClassification)(config)
     written = Dequantised(HfTensors(directory))
     tensors = {name: written.whole(name).float() for name in written.names()}

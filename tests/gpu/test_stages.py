@@ -68,4 +68,4 @@ def test_the_line_from_sft_to_ppo_and_out(tmp_path: Path) -> None:
     assert max(curve(ppo, "rollout/logprob_gap_max")) < 0.5
     assert curve(ppo, "train_optim/ppo_ratio")[0] == pytest.approx(1.0, abs=0.05)
     her_nemo("export", f"checkpoint={ppo}", f"out={tmp_path / 'out'}", "trainer.accelerator=gpu")
-    assert json.loads((tmp_path / "out" / "proof.json").read_text())["top1_agreement"] == 1.0
+    assert json.loads((tmp_path / "out" / "proof.json").read_text())["top1_agreement"] > 0.99

@@ -102,15 +102,19 @@ def written(tmp_path: Path) -> tuple[torch.Tensor, Quantised, Dequantised]:
     return matrix, view, Dequantised(HfTensors(tmp_path / "fp8"))
 
 
-def test_any_rows_give_the_same_numbers(written: tuple[torch.Tensor, Quantised, Dequantised]) -> None:
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_any_rows_give_the_same_numbers(
+    chunk: int, written: tuple[torch.Tensor, Quantised, Dequantised], monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix, view, back = written
+    monkeypatch.setattr(block_fp8.row_chunks, "__defaults__", (chunk,))
     numbers, scales = block_fp8.quantise(matrix)
     for start, stop in ((0, 300), (0, 1), (127, 129), (250, 300)):
         assert torch.equal(view.rows(MATRIX, start, stop).float(), numbers[start:stop].float())
         assert torch.equal(back.rows(MATRIX, start, stop), block_fp8.dequantise(numbers, scales)[start:stop])
     assert torch.equal(view.rows(MATRIX + SCALE, 1, 3), scales[1:3])
     assert back.names() == {MATRIX, NORM}
-    assert [*back.row_blocks(MATRIX, 128 * 256)] == [(0, 128), (128, 256), (256, 300)]
+    assert [*block_fp8.row_chunks(0, 300, 256, 128 * 256)] == [(0, 128), (128, 256), (256, 300)]
     assert block_fp8.opened(back._held).__class__ is Dequantised
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.enums import Fp8Recipe
+from safetensors.torch import save_file
 from tiny import TINY
 
 from her_nemo.config import compose
@@ -181,6 +182,9 @@ def test_the_optimizer_starts_from_what_was_loaded() -> None:
     assert torch.equal(parameter._high_precision_init_val, loaded)
     loaded.zero_()
     assert parameter._high_precision_init_val.sum() == 15
+    parameter.clear_high_precision_init_val = lambda: delattr(parameter, "_high_precision_init_val")
+    precision.forget(parameter)
+    assert not hasattr(parameter, "_high_precision_init_val")
     ordinary = torch.nn.Parameter(torch.zeros(2))
     precision.fill(ordinary, torch.ones(2))
     assert not hasattr(ordinary, "_high_precision_init_val")
@@ -245,6 +249,18 @@ def test_scales_and_histories_survive_a_checkpoint() -> None:
     longer = torch.nn.Sequential(Fp8Linear(), torch.nn.ReLU(), Fp8Linear())
     assert fp8_state.restore(longer, saved, Recipe(amax_history_len=8)) == 0
     assert longer[0].fp8_meta["scaling_fwd"].amax_history.sum() == 0
+
+
+def test_a_run_without_fp8_goes_on_from_one_with_it(tmp_path: Path) -> None:
+    model = qwen3.build(TINY)
+    opt = optimizer.optimizer(model, lr=1e-3)
+    schedule = optimizer.scheduler(opt, lr=1e-3)
+    state.save(tmp_path / "c", model, opt, schedule)
+    where = "decoder.layers.0.self_attention.linear_qkv"
+    saved = {f"{where}/{side}/{kind}": torch.ones(3) for side in ("scaling_fwd", "scaling_bwd")
+             for kind in ("scale", "amax_history")}  # fmt: skip
+    save_file(saved, tmp_path / "c" / "fp8_00000.safetensors")
+    assert state.load(tmp_path / "c", model, opt, schedule) == {}
 
 
 def test_other_recipes_and_other_modules_have_no_states() -> None:
