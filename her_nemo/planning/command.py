@@ -106,6 +106,8 @@ def answer_for(
     """Plan one stage. ConfigErrors when the configuration cannot be read at all."""
     config, problems, to_give = partial.load(stage, overrides, config_dir, config_name)
     checked = preflight.check(config, os.environ)
+    # Keys that only some configurations require are found missing by preflight.
+    to_give = [*to_give, *(found.key for found in checked if found.message.startswith(MISSING))]
     # A path that was not given cannot be wrong yet.
     problems += [found for found in checked if found.key not in to_give]
     answer = Answer(stage, problems, to_give)
