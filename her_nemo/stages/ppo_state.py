@@ -10,7 +10,7 @@ from typing import Any
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
-from her_nemo.rewards.diversity import DiversityMonitor, CollapseLimits
+from her_nemo.rewards.diversity import CollapseLimits, DiversityMonitor
 from her_nemo.training.run import Run
 from her_nemo.training.running import KlController, RunningMoments
 

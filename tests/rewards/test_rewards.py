@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from her_nemo.rewards.diversity import DiversityMonitor, DiversityReward, CollapseLimits, pattern_novelty
+from her_nemo.rewards.diversity import CollapseLimits, DiversityMonitor, DiversityReward, pattern_novelty
 from her_nemo.rewards.reward import Mix, Replies, Scores
 from her_nemo.rewards.rules import RULES, RuleReward, leak_rule, length_rule, repetition_rule, told
 from her_nemo.roleplay.prompt import RolePrompt, Utterance, build_messages
