@@ -33,6 +33,7 @@ from her_nemo.config.schema import (
     StageConfig,
     VerifyConfig,
 )
+from her_nemo.config.sections import Section
 from her_nemo.planning import data_checks
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
@@ -279,7 +280,7 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         if ppo.one_step_off:
             text = "the model that generates is the one that trains: it cannot do both at once"
             yield Problem("model.ppo.one_step_off", text, hint=hint)
-        for name in sorted(vllm.model_fields_set):
+        for name in sorted(_changed(vllm)):
             yield Problem(f"{prefix}.{name}", "has no effect with model.ppo.rollout_engine=megatron", hint=hint)
         return
     if importlib.util.find_spec("vllm") is None and not (vllm.servers and vllm.sync == "files"):
@@ -293,7 +294,7 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         yield Problem(f"{prefix}.servers", "names a server twice", hint="name each once")
     if vllm.servers:
         own = {"num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
-        for name in sorted(own & vllm.model_fields_set):
+        for name in sorted(own & _changed(vllm)):
             text = "is for servers that the run starts, but model.ppo.vllm.servers are given"
             yield Problem(f"{prefix}.{name}", text, hint="leave one of the two out")
     if vllm.sync_dir is not None:
@@ -305,6 +306,11 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         text = f"top_k={params.top_k} and top_p={params.top_p:g} cut the distribution: vLLM then reports log-probs"
         hint = "use top_k=0 and top_p=1, or model.ppo.rollout_engine=megatron"
         yield Problem("model.ppo.sampling_params", f"{text} that the trainer cannot recompute", hint=hint)
+
+
+def _changed(section: Section) -> set[str]:
+    """Keys of a section that are not at their defaults."""
+    return {name for name, info in type(section).model_fields.items() if getattr(section, name) != info.default}
 
 
 def _vllm_on_cpu(config: PpoConfig, shape: Shape) -> Iterator[Problem]:

@@ -87,13 +87,17 @@ def command(options: ServerOptions, port: int, host: str = LOOPBACK) -> list[str
     return [str(word) for word in words]
 
 
-def environment(given: Mapping[str, str], gpus: Sequence[str] = ()) -> dict[str, str]:
+def environment(options: ServerOptions, given: Mapping[str, str], gpus: Sequence[str] = ()) -> dict[str, str]:
     """The variables of a server: ours, less what makes a rank, plus what vLLM needs. The user's values are kept."""
     kept = {name: value for name, value in given.items() if name not in _NOT_PASSED}
     source = str(Path(__file__).resolve().parents[2])
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     if not torch.cuda.is_available():
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        # Two helpers of the sampler would be compiled by a C++ compiler while the first request waits.
+        wanted["TORCHDYNAMO_DISABLE"] = "1"
+        if options.tensor_parallel_size == 1:
+            wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker inside the engine core: a process less
     found = wanted | kept
     # The weight-transfer routes exist in development mode only.
     found["VLLM_SERVER_DEV_MODE"] = "1"
@@ -135,7 +139,7 @@ class ServerProcess:
         with log.open("w") as out:
             self._guard = subprocess.Popen(
                 [sys.executable, "-m", "her_nemo.rollout.server_guard", *command(options, self.port)],
-                env=environment(os.environ, gpus), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
+                env=environment(options, os.environ, gpus), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -198,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         max_model_len=int(config["max_position_embeddings"]), max_num_seqs=128, tensor_parallel_size=1,
         gpu_memory_utilization=0.9, prefix_caching=False, backend="nccl" if on_cuda else "her_nemo_files",
     )  # fmt: skip
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(environment({}).items()))
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(environment(options, {}).items()))
     print(f"{variables} {shlex.join(command(options, 8000, host='0.0.0.0'))}")
     return 0
 
