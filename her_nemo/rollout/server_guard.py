@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 POLL_SECONDS = 0.2
-TERM_SECONDS = 8.0
+TERM_SECONDS = 4.0
 
 
 def guard(command: Sequence[str]) -> int:

@@ -21,6 +21,9 @@ CONNECT_SECONDS = 5.0
 CONTROL_SECONDS = 600.0  # a large model takes its time to load weights
 # A server that does not answer /health this often in a row is lost, also when its connections stay open.
 HEALTH_POLL_SECONDS, HEALTH_TIMEOUT_SECONDS, HEALTH_FAILURES = 3.0, 8.0, 3
+CONNECTIONS_TRIED = 3
+# Below vLLM's own 5 s: a connection that the server is about to close must not be used again.
+KEEPALIVE_SECONDS = 2.0
 _KEPT_OF_A_REPLY = 400
 
 
@@ -96,7 +99,10 @@ class VllmServer:
         self.url = url.rstrip("/")
         # trust_env=False: these are machines of this job, never to be reached through a proxy.
         self._http = httpx.Client(
-            base_url=self.url, timeout=httpx.Timeout(CONTROL_SECONDS, connect=CONNECT_SECONDS), trust_env=False
+            base_url=self.url,
+            timeout=httpx.Timeout(CONTROL_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+            trust_env=False,
         )
 
     def __str__(self) -> str:
@@ -151,33 +157,43 @@ class GenerateClient:
 
     def __init__(self, url: str, in_flight: int) -> None:
         self.url = url
-        limits = httpx.Limits(max_connections=in_flight + 1, max_keepalive_connections=in_flight + 1)
+        limits = httpx.Limits(
+            max_connections=in_flight + 1,
+            max_keepalive_connections=in_flight + 1,
+            keepalive_expiry=KEEPALIVE_SECONDS,
+        )
         self._http = httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=limits, trust_env=False
         )
 
     async def sample(self, prompt: Sequence[int], parameters: dict[str, Any]) -> Answer:
-        """One reply. Waits as long as the server lives, which `watch` finds out."""
-        try:
-            response = await self._http.post(
-                GENERATE, json={"token_ids": list(prompt), "sampling_params": parameters}
-            )
-        except httpx.TransportError as error:
-            raise ServerLost(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
-        return read_answer(self.url, check(self.url, response))
+        """One reply. Waits as long as the server lives, which `watch` finds out. A connection that breaks is tried
+        again where the server is well: the same request gives the same reply."""
+        body = {"token_ids": list(prompt), "sampling_params": parameters}
+        for attempt in range(CONNECTIONS_TRIED):
+            try:
+                response = await self._http.post(GENERATE, json=body)
+            except httpx.TransportError as error:
+                if attempt + 1 == CONNECTIONS_TRIED or not await self._healthy():
+                    raise ServerLost(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
+            else:
+                return read_answer(self.url, check(self.url, response))
+        raise AssertionError("the last attempt returns or raises")
 
     async def watch(self) -> None:
         """Ends by ServerLost when the server has been silent for long enough, else never."""
         failures = 0
         while True:
             await asyncio.sleep(HEALTH_POLL_SECONDS)
-            try:
-                response = await self._http.get("/health", timeout=HEALTH_TIMEOUT_SECONDS)
-                failures = 0 if response.is_success else failures + 1
-            except httpx.TransportError:
-                failures += 1
+            failures = 0 if await self._healthy() else failures + 1
             if failures == HEALTH_FAILURES:
                 raise ServerLost(f"{self.url}: no answer to /health, {failures} times in a row")
+
+    async def _healthy(self) -> bool:
+        try:
+            return (await self._http.get("/health", timeout=HEALTH_TIMEOUT_SECONDS)).is_success
+        except httpx.TransportError:
+            return False
 
     async def close(self) -> None:
         await self._http.aclose()

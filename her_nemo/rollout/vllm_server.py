@@ -156,18 +156,21 @@ class ServerProcess:
         tail = self.log.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace")
         return f"ended with exit code {code}; the end of {self.log}:\n{tail}"
 
-    def stop(self) -> None:
-        """End the server and all it started."""
-        if self._guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._guard.stdin.close()
+    def tell(self) -> None:
+        """Ask the guard to end the server, without waiting."""
         if self._guard.poll() is None:
             self._guard.terminate()
+
+    def stop(self) -> None:
+        """End the server and all it started."""
+        self.tell()
         try:
             self._guard.wait(_TERM_SECONDS)
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
 
 
 @contextlib.contextmanager
@@ -179,6 +182,8 @@ def started(options: ServerOptions, logs: Path, gpus: Sequence[Sequence[str]]) -
             running.append(ServerProcess(options, logs / f"server_{index}.log", mine))
         yield running
     finally:
+        for process in running:
+            process.tell()
         for process in running:
             process.stop()
 

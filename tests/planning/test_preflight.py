@@ -107,6 +107,7 @@ def test_nothing_is_wrong_with_a_right_configuration(stage: str, place: Path) ->
         ("ppo", ["model.ppo.one_step_off=true"], "model.ppo.one_step_off", "set model.ppo.rollout_engine=vllm"),
         ("ppo", ["model.ppo.vllm.num_servers=2"], VLLM + "num_servers", "no effect with"),
         ("ppo", [*SERVERS, VLLM + "prefix_caching=true"], VLLM + "prefix_caching", "but model.ppo.vllm.servers are"),
+        ("ppo", [USE_VLLM, "trainer.num_nodes=2"], VLLM + "servers", "give their addresses"),
         ("ppo", [USE_VLLM, VLLM + "servers=['a:80']"], VLLM + "servers", "entry 0, 'a:80', is no address"),
         ("ppo", [USE_VLLM, VLLM + "servers=['http://a','http://a/']"], VLLM + "servers", "names a server twice"),
         ("ppo", [*SERVERS, VLLM + "sync=nccl", VLLM + "sync_dir=x"], VLLM + "sync_dir", "no effect with sync=nccl"),
