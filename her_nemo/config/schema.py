@@ -28,6 +28,7 @@ from her_nemo.config.sections import (
     TopK,
     TopP,
     Trainer,
+    VllmRollout,
     WeightedData,
     knob,
     required,
@@ -164,6 +165,13 @@ class PpoParams(Section):
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
+    rollout_engine: Literal["megatron", "vllm"] = knob(
+        "megatron", "Who generates: the trainer's own model, or vLLM servers that its weights are sent to."
+    )
+    one_step_off: bool = knob(
+        False, "With vllm: generate the next rollout while this one trains, from weights one update older."
+    )
+    vllm: VllmRollout = VllmRollout()
 
 
 class PpoModel(ModelConfig):

@@ -350,6 +350,31 @@ class PretrainedCheckpoint(Section):
     )
 
 
+# ---------------------------------------------------------------- rollouts
+
+
+class VllmRollout(Section):
+    """`model.ppo.vllm.*`: the vLLM servers of `model.ppo.rollout_engine=vllm` (docs/rollouts.md)."""
+
+    servers: list[str] = knob(
+        [], "Addresses of running servers, as http://HOST:8000; empty starts num_servers on the first machine."
+    )
+    num_servers: PositiveInt = knob(1, "Servers to start; on CUDA each takes GPUs after the trainer's.")
+    tensor_parallel_size: PositiveInt = knob(1, "GPUs (on CPU: processes) of each server started.")
+    max_num_seqs: PositiveInt = knob(64, "Sequences a server decodes together; twice as many are sent to it.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = knob(
+        0.9, "Share of a GPU's memory a started server takes; unused on CPU."
+    )
+    prefix_caching: bool = knob(False, "Servers started keep what prompts share; reset at every sync.")
+    sync: Literal["auto", "files", "nccl"] = knob(
+        "auto", "How weights reach the servers: nccl between GPUs, or safetensors files; auto: nccl on CUDA."
+    )
+    sync_dir: str | None = knob(
+        None, "sync=files: a directory that trainer and servers both see; null: rollout/weights in the run directory."
+    )
+    start_timeout: PositiveInt = knob(600, "Seconds within which all servers have to answer.")
+
+
 # ---------------------------------------------------------------- data ingest
 
 

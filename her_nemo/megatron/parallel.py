@@ -175,32 +175,55 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def is_replica_leader() -> bool:
+    """True on the first rank of each replica."""
+    return dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+
+
 def on_main(work: Callable[[Callable[[], None]], Result]) -> Result:
     """`work(alive)`, done on global rank 0 alone; its (small, picklable) result on every rank (collective).
 
     `work` calls `alive()` every few seconds, so that the others, who wait in a collective, do not time out. A
     UserError it raises is raised on every rank.
     """
-    if dist.get_world_size() == 1:
+    return _on_one(work, 0, None, dist.get_world_size())
+
+
+def on_replica_leader(work: Callable[[Callable[[], None]], Result]) -> Result:
+    """`on_main` for every replica by itself: done on its first rank, the result on its ranks."""
+    leader, group = parallel_state.get_model_parallel_src_rank(), parallel_state.get_model_parallel_group()
+    return _on_one(work, leader, group, tensor_size() * pipeline_size())
+
+
+def _on_one(
+    work: Callable[[Callable[[], None]], Result], leader: int, group: dist.ProcessGroup | None, size: int
+) -> Result:
+    if size == 1:
         return work(lambda: None)
-    if is_main():
+
+    def tell(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, leader, group=group)
+        return box[0]
+
+    if dist.get_rank() == leader:
         said = time.monotonic()
 
         def alive() -> None:
             nonlocal said
             if time.monotonic() - said > ALIVE_SECONDS:
-                broadcast_object(("working", None))
+                tell(("working", None))
                 said = time.monotonic()
 
         try:
             result = work(alive)
         except UserError as error:
-            broadcast_object(("failed", str(error)))
+            tell(("failed", str(error)))
             raise
-        broadcast_object(("done", result))
+        tell(("done", result))
         return result
     while True:
-        state, value = broadcast_object(None)
+        state, value = tell(None)
         if state == "failed":
             raise UserError(value)
         if state == "done":

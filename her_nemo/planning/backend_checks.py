@@ -51,6 +51,7 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
         "trainer.ppo.kl.target": (config.trainer.ppo.kl.target, None),
         "model.ppo.num_samples_per_prompt": (config.model.ppo.num_samples_per_prompt, 1),
         "model.ppo.importance.correction": (config.model.ppo.importance.correction, "none"),
+        "model.ppo.rollout_engine": (config.model.ppo.rollout_engine, "megatron"),
         "reward.kind": (config.reward.kind, "scalar"),
         "reward.diversity.pattern_weight": (config.reward.diversity.pattern_weight, 0.0),
         "reward.diversity.text_weight": (config.reward.diversity.text_weight, 0.0),

@@ -32,7 +32,14 @@ from her_nemo.config.schema import (
     VerifyConfig,
 )
 from her_nemo.config.synthesis import SynthesiseConfig
-from her_nemo.planning import adapter_checks, backend_checks, data_checks, ppo_checks, precision_checks
+from her_nemo.planning import (
+    adapter_checks,
+    backend_checks,
+    data_checks,
+    ppo_checks,
+    precision_checks,
+    rollout_checks,
+)
 from her_nemo.roleplay.kinds import Kind
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
@@ -54,6 +61,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += adapter_checks.check(config)
     if isinstance(config, PpoConfig):
         problems += [*_ppo(config), *_scorers(config, shape | config.model.architecture())]
+        problems += rollout_checks.check(config, shape | config.model.architecture())
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
@@ -304,6 +312,8 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
     if padded is not None and padded < total:
         text = f"{padded} is less than the longest prompt + response, model.encoder_seq_length = {total}"
         yield Problem("trainer.ppo.rollout_batch_seq_length", text, hint=f"use {total}, or null")
+    if ppo.vllm.sync_dir is not None:
+        yield from _target("model.ppo.vllm.sync_dir", ppo.vllm.sync_dir)
 
 
 def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """What every rollout engine does: token ids in, token ids with their log-probs out.
 
 The training loops know this protocol alone. Behind it stand the trainer's own Megatron model
-(`megatron_engine`) and vLLM (`vllm_engine`).
+(`megatron_engine`), vLLM servers (`server_engine`) and, for evaluation, vLLM in this process (`vllm_engine`).
 """
 
 from __future__ import annotations
@@ -110,4 +110,31 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, named: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Take over the trainer's weights, given as Hugging Face names and whole tensors."""
+        ...
+
+
+class TrainingEngine(RolloutEngine, Protocol):
+    """A rollout engine inside a training loop.
+
+    Attributes:
+        staleness: updates of the weights between those that the last rollout came from and the present ones.
+    """
+
+    staleness: int
+
+    def start(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        """Begin a rollout with the present weights beside training; `generate` with the same arguments returns it.
+
+        An `update_weights` in between waits for it, so the rollout is at most one update stale.
+        """
+        ...
+
+    def tags(self) -> dict[str, float]:
+        """What the last sync and the last rollout have to report, for the log."""
         ...

@@ -21,10 +21,16 @@ class InvariantError(RuntimeError):
     """Something that holds in every correct run did not hold in this one."""
 
 
-def check_rollout_gap(experience: Experience, tokeniser: Tokeniser, step: int, precision: str) -> float:
+def check_rollout_gap(
+    experience: Experience, tokeniser: Tokeniser, step: int, precision: str, staleness: int = 0
+) -> float:
     """Largest gap between engine and trainer over all ranks (collective); beyond the limit, the first token that is,
-    in the order of ranks, rows and places, is named on every rank."""
-    limit = ROLLOUT_GAP_LIMIT[precision]
+    in the order of ranks, rows and places, is named on every rank.
+
+    Of a rollout from earlier weights (`staleness` updates ago) the gap is how far the policy has moved since, and
+    has no limit here: that the engine had the trainer's weights was proved when they were synchronised.
+    """
+    limit = torch.finfo(torch.float32).max if staleness else ROLLOUT_GAP_LIMIT[precision]
     # A gap that is not a number is beyond any limit, and no maximum over ranks can be taken of it.
     gap_BT = gaps(experience).nan_to_num(nan=torch.inf)
     worst = float(parallel.data_all_reduce(_scalar(float(gap_BT.max())), torch.distributed.ReduceOp.MAX))

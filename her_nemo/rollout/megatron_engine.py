@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel, platform
 from her_nemo.megatron.decoding import Decoder, decoding
 from her_nemo.megatron.qwen3 import Model
@@ -30,6 +31,22 @@ class MegatronEngine:
         self._pad_id = pad_id
         self._micro_batch_size = micro_batch_size
         self._version = 0
+        self.staleness = 0
+
+    def start(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        """Not here: the model that generates is the one that trains."""
+        del prompts, sampling, seed, indices
+        raise UserError("model.ppo.one_step_off needs model.ppo.rollout_engine=vllm")
+
+    def tags(self) -> dict[str, float]:
+        """Nothing beyond what the loop itself reports."""
+        return {}
 
     def update_weights(self, named: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Nothing to copy, since the engine reads the trainer's tensors: only the version is noted.

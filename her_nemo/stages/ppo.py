@@ -9,6 +9,7 @@ another `trainer.ppo.advantage_estimator`, several replies to a prompt and no cr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,14 +26,14 @@ from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
 from her_nemo.rollout.invariants import check_masks, check_rollout_gap, check_unmoved_kl, check_versions
-from her_nemo.rollout.megatron_engine import MegatronEngine
+from her_nemo.rollout.open_engine import open_engine
 from her_nemo.stages import ppo_tags as tags
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
 from her_nemo.stages.ppo_rewards import build_reward, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, global_sums
-from her_nemo.training.loop import forever, kind_weights, load_rows
+from her_nemo.training.loop import Upcoming, kind_weights, load_rows
 from her_nemo.training.run import Run, open_run
 
 SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
@@ -40,33 +41,33 @@ SAMPLES_KEPT = 4  # replies a step that go to <run>/samples
 
 def run(cfg: PpoConfig) -> int:
     ppo, model = cfg.trainer.ppo, cfg.model
-    with open_run(cfg) as here:
+    with open_run(cfg) as here, ExitStack() as closing:
         tokeniser = Tokeniser(here.tokenizer)
         prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
         warmup, last = ppo.critic_warmup_steps, ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, judge = build_models(cfg, here, last)
         reward = build_reward(cfg, judge)
-        engine = MegatronEngine(
-            actor.model, pad_id=tokeniser.pad_id, micro_batch_size=model.ppo.rollout_micro_batch_size
+        engine = closing.enter_context(
+            open_engine(cfg, actor.model, pad_id=tokeniser.pad_id, run_dir=here.directory)
         )
         asked = model.ppo.num_rollout_samples // model.ppo.num_samples_per_prompt
-        order = GlobalBatchSampler(len(prompts), asked, model.seed, model.data.shuffle)
-        state = PpoState(cfg)
+        sampler = GlobalBatchSampler(len(prompts), asked, model.seed, model.data.shuffle)
+        order, state = Upcoming(sampler), PpoState(cfg)
         done = here.resume([learner for learner in (actor, critic) if learner is not None], order, state)
         engine.update_weights(hf_tensors(actor.model), version=done)
         if cfg.trainer.backend == "nemo_aligner":
             assert critic is not None  # planning/backend_checks.py
             assert judge is not None
             under_nemo_aligner(cfg, here, (actor, critic, reference, judge), engine, prompts, held_out,
-                               tokeniser, order, done)  # fmt: skip
+                               tokeniser, sampler, done)  # fmt: skip
             return 0
-        version, batches, shaped = done, forever(order), with_diversity(cfg, reward)
+        version, shaped = done, with_diversity(cfg, reward)
         for step in here.steps(done + 1, last, "ppo"):
             with here.timers("generate"):
-                chosen = [prompts[i] for i in next(batches)]
-                experience, replies = generate(
-                    cfg, engine, chosen, tokeniser, step, model.ppo.num_samples_per_prompt
-                )
+                experience, replies = generate(cfg, engine, [prompts[i] for i in order.take()], tokeniser, step)
+            if model.ppo.one_step_off and step < last:
+                engine.start(*request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1))
+            here.metrics.log(step, engine.tags())
             with here.timers("score"):
                 told = ex.score(experience, replies, shaped)
             with here.timers("log_probs"):
@@ -74,8 +75,8 @@ def run(cfg: PpoConfig) -> int:
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
-            gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)
-            check_versions(experience, version, step)
+            gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
+            check_versions(experience, version, step, allowed=engine.staleness)
             told |= ex.correct_for_engine(experience, model.ppo.importance)
             advantages(cfg, experience, state)
             check_masks(experience, step)
@@ -88,9 +89,13 @@ def run(cfg: PpoConfig) -> int:
                     passes = update(critic, experience, value_objective(cfg), cfg, step)
                 here.metrics.log(step, tags.critic_tags(passes))
             if step > warmup:
+                check = None if engine.staleness else unmoved(here, step, cfg)
+                if engine.staleness and model.ppo.importance.correction == "none":
+                    # The ratio is to the policy that drew the replies, which is no longer the actor.
+                    experience.old_log_probs_BT = experience.rollout_log_probs_BT
                 with here.timers("actor"):
                     objective = policy_objective(cfg, state.kl.coefficient)
-                    passes = update(actor, experience, objective, cfg, step, unmoved(here, step, cfg))
+                    passes = update(actor, experience, objective, cfg, step, check)
                 here.metrics.log(step, tags.actor_tags(passes))
                 engine.update_weights(hf_tensors(actor.model), version=step)
                 version = step
@@ -185,15 +190,11 @@ def build_reference(cfg: PpoConfig, here: Run, actor: Learner) -> Model:
     )  # fmt: skip
 
 
-def generate(
-    cfg: PpoConfig,
-    engine: RolloutEngine,
-    prompts: list[Prompt],
-    tokeniser: Tokeniser,
-    step: int,
-    samples_per_prompt: int,
-) -> tuple[Experience, Replies]:
-    """This replica's share of a rollout: all replies to every data_size-th prompt from its data rank on.
+def request(
+    cfg: PpoConfig, prompts: list[Prompt], tokeniser: Tokeniser, step: int, samples_per_prompt: int | None = None
+) -> tuple[list[list[int]], Sampling, int, list[int]]:
+    """What the engine is asked for: this replica's share of a rollout, all replies to every data_size-th prompt from
+    its data rank on; how to sample; a seed; and the numbers of those replies.
 
     What is drawn for a reply depends on model.seed, the step and the reply's place in the whole rollout.
     """
@@ -207,15 +208,24 @@ def generate(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    places = [
-        (index, index * samples_per_prompt + sample) for index in mine for sample in range(samples_per_prompt)
-    ]
-    rollout = engine.generate(
-        [prompts[index].token_ids.tolist() for index, _ in places],
-        sampling,
-        seed=cfg.model.seed * 100_003 + step,
-        indices=[place for _, place in places],
-    )
+    samples = samples_per_prompt or ppo.num_samples_per_prompt
+    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
+    asked = [prompts[index].token_ids.tolist() for index, _ in places]
+    return asked, sampling, cfg.model.seed * 100_003 + step, [place for _, place in places]
+
+
+def generate(
+    cfg: PpoConfig,
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    tokeniser: Tokeniser,
+    step: int,
+    samples_per_prompt: int | None = None,
+) -> tuple[Experience, Replies]:
+    """This replica's share of a rollout. `samples_per_prompt`: None takes model.ppo.num_samples_per_prompt."""
+    samples = samples_per_prompt or cfg.model.ppo.num_samples_per_prompt
+    asked, sampling, seed, places = request(cfg, prompts, tokeniser, step, samples)
+    rollout = engine.generate(asked, sampling, seed, indices=places)
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
         rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
@@ -228,7 +238,7 @@ def generate(
         finished=rollout.finished,
         tokens_BS=experience.tokens_BS,
         lengths_B=experience.lengths_B,
-        group_size=samples_per_prompt,
+        group_size=samples,
     )
     return experience, replies
 

@@ -96,6 +96,36 @@ def forever(order: GlobalBatchSampler) -> Iterator[np.ndarray]:
         yield from order
 
 
+class Upcoming:
+    """The batches of epoch after epoch, of which the next may be looked at before its turn. A state saved in between
+    resumes with that one."""
+
+    def __init__(self, order: GlobalBatchSampler) -> None:
+        self._order = order
+        self._batches = forever(order)
+        self._next: np.ndarray | None = None
+        self._before: dict[str, Any] = {}
+
+    def peek(self) -> np.ndarray:
+        """The batch that `take` will return next."""
+        if self._next is None:
+            self._before = self._order.state_dict()
+            self._next = next(self._batches)
+        return self._next
+
+    def take(self) -> np.ndarray:
+        """The next batch."""
+        batch, self._next = self.peek(), None
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict() if self._next is None else self._before
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was saved; before any batch was taken."""
+        self._order.load_state_dict(state)
+
+
 def total_steps(loop: Loop, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: max_epochs, or max_steps where that is sooner."""
     steps = loop.max_epochs * steps_per_epoch

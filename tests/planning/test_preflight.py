@@ -26,6 +26,8 @@ GLOBAL_BATCH = "model.global_batch_size"
 VALIDATION = "model.data.validation_ds.file_path"
 ROLLOUTS = "model.ppo.num_rollout_samples"
 MONITOR = "exp_manager.checkpoint_callback_params.monitor"
+VLLM, USE_VLLM = "model.ppo.vllm.", "model.ppo.rollout_engine=vllm"
+SERVERS = [USE_VLLM, VLLM + "servers=['http://a:8000']"]
 
 
 @pytest.fixture
@@ -109,6 +111,14 @@ def test_nothing_is_wrong_with_a_right_configuration(stage: str, place: Path) ->
         ("ppo", ["model.ppo.length_params.max_length=512"], "model.ppo.length_params.max_length", "no room for a"),
         ("ppo", ["model.ppo.length_params.min_length=200"], "model.ppo.length_params.min_length", "use 128 or less"),
         ("ppo", ["trainer.ppo.rollout_batch_seq_length=100"], "trainer.ppo.rollout_batch_seq_length", "use 512"),
+        ("ppo", ["model.ppo.one_step_off=true"], "model.ppo.one_step_off", "set model.ppo.rollout_engine=vllm"),
+        ("ppo", ["model.ppo.vllm.num_servers=2"], VLLM + "num_servers", "no effect with"),
+        ("ppo", [*SERVERS, VLLM + "prefix_caching=true"], VLLM + "prefix_caching", "but model.ppo.vllm.servers are"),
+        ("ppo", [USE_VLLM, "trainer.num_nodes=2"], VLLM + "servers", "give their addresses"),
+        ("ppo", [USE_VLLM, VLLM + "servers=['a:80']"], VLLM + "servers", "entry 0, 'a:80', is no address"),
+        ("ppo", [USE_VLLM, VLLM + "servers=['http://a','http://a/']"], VLLM + "servers", "names a server twice"),
+        ("ppo", [*SERVERS, VLLM + "sync=nccl", VLLM + "sync_dir=x"], VLLM + "sync_dir", "no effect with sync=nccl"),
+        ("ppo", [USE_VLLM, "model.ppo.sampling_params.top_p=0.9"], "model.ppo.sampling_params", "top_k=0 and top_p=1"),
         ("evaluate", ["tensor_parallel_size=3"], "tensor_parallel_size", "=1 or 2 or 4"),
         ("evaluate", ["sampling.max_tokens=4096"], "sampling.max_tokens", "leaves no room"),
         ("evaluate", ["scenes=/nope"], "scenes", "no such file"),
@@ -121,6 +131,14 @@ def test_each_problem(stage: str, overrides: list[str], key: str, words: str, pl
     problems = found(place, stage, *overrides)
     assert key in problems, problems
     assert words in problems[key]
+
+
+def test_vllm_has_not_every_size_of_head_on_cpu(place: Path) -> None:
+    on_cpu = [USE_VLLM, "trainer.accelerator=cpu"]
+    assert found(place, "ppo", *on_cpu) == {}
+    (place / "hf" / "config.json").write_text(json.dumps(TINY | {"head_dim": 16}))
+    assert "heads of 16 on CPU" in found(place, "ppo", *on_cpu)["model.ppo.rollout_engine"]
+    assert found(place, "ppo", *SERVERS, "trainer.accelerator=cpu") == {}
 
 
 def test_a_directory_without_a_checkpoint_and_one_of_another_model(place: Path) -> None:

