@@ -22,7 +22,6 @@ from her_nemo.planning import preflight, preflight_files, published, search, sta
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
-FLAGS = ("--json", "--search", "--strict")
 USAGE = """usage: her-nemo plan STAGE [OVERRIDE ...] [--json] [--search] [--length TOKENS] [--strict]
        her-nemo plan --published
 
@@ -68,7 +67,7 @@ def main(words: list[str]) -> int:
     if words[0] == "--published":
         print(published.table())
         return 0
-    typed = arguments.parse(words[1:], "her-nemo plan", flags=FLAGS, options=["--length"])
+    typed = arguments.parse(words[1:], "her-nemo plan", flags=["--json", "--search", "--strict"], options=["--length"])
     options = dict(typed.options)
     length = _positive(options.pop("length", None))
     answer = answer_for(
