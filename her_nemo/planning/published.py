@@ -1,6 +1,7 @@
 """The time model against published runs. Some were fitted (their constants say so), the others are the check.
 
-Figures are quoted from the sources; what a source leaves out is assumed, and said in `assumed`.
+Figures are quoted from the sources ("second-hand": the page itself was not read); what a source leaves out is assumed,
+and said in `assumed`.
 """
 
 from __future__ import annotations
@@ -117,16 +118,16 @@ def _aligner_seconds(nodes: int) -> float:
 
 NEMO_24_12 = "NeMo Framework user guide 24.12, performance summary, H100, FP8"
 NEMO_RL = "NeMo-RL 0.4, docs/about/performance-summary.md, GRPO on H100, bf16"
-ALIGNER = "NeMo-Aligner 70B PPO, as quoted in the project's issue 5 (arXiv 2405.01481)"
+ALIGNER = "NeMo-Aligner 70B PPO (arXiv 2405.01481), second-hand"
 PP4 = "global batch as in the table, micro-batch 1"
 
 POINTS: tuple[Point, ...] = (
-    Point("Megatron-LM GPT-32B TP8 DP48 4096", "Megatron-LM, as quoted in the project's issue 5", "TFLOP/s/GPU", 459.6,
+    Point("Megatron-LM GPT-32B TP8 DP48 4096", "Megatron-LM, second-hand", "TFLOP/s/GPU", 459.6,
           _megatron_tflops, fitted=True, assumed="40 layers of 8192, 16 sequences a replica, all overlaps"),
     Point("Llama-2-70B SFT FP8 TP4 PP4, 16 GPUs", NEMO_24_12, "tokens/s/GPU", 1816,
           lambda: _tokens_per_second(LLAMA_2_70B, Layout(4, 4, 1, True, virtual=5), sequences=32, length=4096),
           fitted=True, assumed="VP5"),
-    Point("Llama-3-70B SFT FP8 TP4 PP4 VP5, 32 GPUs", "NeMo Framework, as quoted in the project's issue 5",
+    Point("Llama-3-70B SFT FP8 TP4 PP4 VP5, 32 GPUs", "NeMo Framework, second-hand",
           "tokens/s/GPU", 1638,
           lambda: _tokens_per_second(LLAMA_3_70B, Layout(4, 4, 2, True, virtual=5), sequences=32, length=4096),
           assumed="global batch 32, micro-batch 1"),
@@ -141,7 +142,7 @@ POINTS: tuple[Point, ...] = (
           fitted=True, assumed="prompts of 150"),
     Point("NeMo-RL GRPO Qwen3-32B, 32 GPUs (3,206 tokens)", NEMO_RL, "s/step", 393,
           lambda: _grpo_seconds(QWEN3_32B, Layout(4, 4, 2, True), 4, 3206, 4096), assumed="prompts of 150"),
-    Point("NeMo-RL GRPO Qwen3-32B, 32 GPUs (3,251 tokens)", "a later NeMo-RL, as quoted in the project's issue 5",
+    Point("NeMo-RL GRPO Qwen3-32B, 32 GPUs (3,251 tokens)", "a later NeMo-RL, second-hand",
           "s/step", 376, lambda: _grpo_seconds(QWEN3_32B, Layout(4, 4, 2, True), 4, 3251, 4096),
           assumed="prompts of 150"),
     *(Point(f"NeMo-Aligner PPO 70B, {nodes} nodes", ALIGNER, "s/step", seconds,
