@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,15 @@ def ppo(place: Place, reward: Path, backend: str, out: Path, **changes: Any) -> 
             **changes,
         }
     )
+
+
+def in_processes(stage: str, words: list[str]) -> None:
+    """Run a stage in processes of its own, as trainer.devices says; AssertionError with what it said if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "her_nemo", stage, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def curve(run_dir: Path, tag: str) -> list[float]:

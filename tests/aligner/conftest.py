@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,12 @@ def stage() -> Callable[..., None]:
     from her_nemo import cli
 
     def run(name: str, *overrides: str) -> None:
-        assert cli.main([name, *overrides]) == 0
+        # A run notes signals and goes on to the end of its step; the tests are to be stoppable.
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            assert cli.main([name, *overrides]) == 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return run

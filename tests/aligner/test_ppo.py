@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aligner_files import Place, curve, ppo, steps, summary, supervised
+from aligner_files import Place, curve, in_processes, ppo, steps, summary, supervised
 
 pytestmark = pytest.mark.nemo
 
@@ -62,3 +62,14 @@ def test_warm_up_several_minibatches_and_resume(
     for tag in ("train_rollouts/rewards", "critic/loss", "train_optim/loss"):
         assert steps(cut, tag) == steps(whole, tag), tag
         assert curve(cut, tag) == pytest.approx(curve(whole, tag), abs=1e-5), tag
+
+
+@pytest.mark.parallel
+def test_two_replicas(place: Place, reward: Path, tmp_path: Path) -> None:
+    """NeMo-Aligner gathers a rollout over the replicas and deals it out again: the same steps as ours over gloo."""
+    changes = {"trainer.devices": 2, "trainer.ppo.max_steps": 2}
+    for backend in ("native", "nemo_aligner"):
+        in_processes("ppo", ppo(place, reward, backend, tmp_path / backend, **changes))
+    for tag in ("train_rollouts/rewards", "val_rollouts/rewards", "train_optim/grad_norm", "critic/loss"):
+        ours, found = (np.array(curve(tmp_path / backend, tag)) for backend in ("native", "nemo_aligner"))
+        assert np.allclose(ours, found, rtol=1e-5, atol=1e-5), (tag, ours, found)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from aligner_files import Place, curve, steps, summary, supervised
+from aligner_files import Place, curve, in_processes, steps, summary, supervised
 
 pytestmark = pytest.mark.nemo
 
 Stage = Callable[..., None]
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"sft": "sft", "rm": "reward"}
 TAGS = {
     "sft": ("train/loss", "val/loss", "train/grad_norm", "train/lr", "layers/speech/loss"),
@@ -80,11 +76,6 @@ def test_two_processes(place: Place, tmp_path: Path, layout: str) -> None:
     """Tensor and data parallel over gloo, each against our loop at the same layout."""
     cut = ["trainer.devices=2", f"model.tensor_model_parallel_size={2 if layout == 'tp2' else 1}"]
     for backend in ("native", "nemo_aligner"):
-        words = ["sft", *supervised(place, "sft", backend, tmp_path / backend), *cut]
-        done = subprocess.run(
-            [sys.executable, "-m", "her_nemo", *words],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        in_processes("sft", [*supervised(place, "sft", backend, tmp_path / backend), *cut])
     for tag in ("train/loss", "val/loss", "train/grad_norm"):
         assert gap(tmp_path / "native", tmp_path / "nemo_aligner", tag) < 1e-5, tag
