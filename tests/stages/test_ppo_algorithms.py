@@ -17,7 +17,9 @@ EVERYTHING = {
     "algorithm": "grpo",
     "model.ppo.num_samples_per_prompt": 4,
     "reward.kind": "rules",
-    "reward.rules.length": 0.5,
+    # The little random model writes some ten words, none of them in tags: their number is what differs.
+    "reward.rules.length": 4.0,
+    "reward.rules.min_words": 40,
     "reward.rules.repetition": 1.0,
     "reward.diversity.text_weight": 0.5,
     "reward.diversity.window": 12,
@@ -79,6 +81,7 @@ def test_everything_at_once_is_the_same_on_two_replicas_and_after_a_resume(
         if not tag.startswith("val"):
             assert curve(tmp_path / "cut", tag) == whole, tag
         assert np.abs(np.array(curve(tmp_path / "dp2", tag)) - np.array(whole)).max() < 1e-3, tag
+    assert len(set(curve(tmp_path / "whole", "train_rollouts/rewards"))) == 3, "every reply has the same reward"
     assert abs(summary(tmp_path / "whole")["ratio_step0"] - 1.0) < 1e-5
     assert len(set(curve(tmp_path / "whole", "train_optim/kl_coefficient"))) == 3
     manifest = json.loads((tmp_path / "whole/checkpoints/step_00000003/manifest.json").read_text())
@@ -93,7 +96,7 @@ def test_each_algorithm_runs_and_keeps_its_invariants(
     place: Place, stage: Stage, tmp_path: Path, algorithm: str
 ) -> None:
     changes = {"algorithm": algorithm, "model.ppo.num_samples_per_prompt": 4, "reward.kind": "rules",
-               "reward.rules.length": 1.0, "trainer.ppo.max_steps": 2}  # fmt: skip
+               "reward.rules.length": 4.0, "reward.rules.min_words": 40, "trainer.ppo.max_steps": 2}  # fmt: skip
     stage("ppo", *overrides(place, tmp_path, **changes))
     figures = summary(tmp_path)
     assert abs(figures["ratio_step0"] - 1.0) < 1e-5
