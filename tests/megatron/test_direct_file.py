@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -26,11 +27,8 @@ def small_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             raise OSError(errno.EINVAL, "no O_DIRECT here")
         return original_open(path, flags, mode)
 
-    refused = []
-
     def refusing_write(descriptor: int, view: memoryview, offset: int) -> int:
-        if len(refused) < 1:
-            refused.append(offset)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "no O_DIRECT here")
         return original_write(descriptor, view, offset)
 
