@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="the Megatron checkpoint, or a run directory")
     parser.add_argument("--out", required=True, help="the Hugging Face directory to write")
     parser.add_argument("--part", default="model", help="which model of the checkpoint: model, or PPO's critic")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16", "fp8"])
     parser.add_argument("--tokenizer", help="tokenizer directory; default: the one in the checkpoint")
     parser.add_argument("overrides", nargs="*", help="further overrides of her-nemo export")
     given = parser.parse_args()

@@ -27,6 +27,7 @@ def test_training(packed: bool, tiny: Path, world: None) -> None:
     assert found[-1] < 0.8 * found[0]
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_is_the_run_in_one(tiny: Path, tmp_path: Path, steps: Callable[..., dict]) -> None:
     whole = steps("cpu", tiny, tmp_path / "whole", 4)
     first = steps("cpu", tiny, tmp_path / "first", 2)

@@ -42,6 +42,7 @@ def test_without_cuda_it_says_so_in_one_line() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_it_runs_small_on_a_cpu(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--model", "qwen3_tiny", "--sequence", "64", "--rows", "2", "--steps", "2", "--warmup",
              "1", "--json", str(tmp_path / "out.json")]  # fmt: skip
