@@ -201,6 +201,16 @@ def test_every_gpu_of_the_schema_is_known() -> None:
         assert config.trainer.gpu.startswith(kind)
 
 
+def test_a_word_of_a_few_that_was_not_given_is_asked_for() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        command.main(["data", "synthesise", "out=x", "limits.retries=many"])
+    found = {problem.key: problem.message for problem in caught.value.problems}
+    assert found["stage"] == "has to be given"
+    assert "wanted a whole number" in found["limits.retries"]
+    given = ["stage=all", "source=/no", "out=x", "endpoint=http://h/v1"]
+    assert command.main(["data", "synthesise", *given]) == 2  # model is still to give, source is not there
+
+
 def test_arguments() -> None:
     with pytest.raises(UserError, match="whole number"):
         command.main(["sft", "--length", "many"])

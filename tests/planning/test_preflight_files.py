@@ -134,7 +134,7 @@ def test_room_for_what_convert_and_export_write(place: Path, monkeypatch: pytest
     usage = type("Usage", (), {"free": 3 * parameters})
     monkeypatch.setattr(preflight_files.shutil, "disk_usage", lambda _: usage)
     convert = [f"source={place}/hf", f"out={place}/new"]
-    assert "the weights are 0.0 GB, but 0.0 GB free" in others("convert", *convert)["out"]
+    assert "the weights are 0.0 GB, but 0 GB free" in others("convert", *convert)["out"]
     assert others("convert", *convert, "trainer.precision=bf16") == {}
     export = [f"checkpoint={place}/run", f"out={place}/new"]
     assert others("export", *export) == {}  # bfloat16
