@@ -63,8 +63,6 @@ def policy_loss(
         raise ValueError("entropy_bonus is not 0 but no entropy was given: run the forward with entropy")
     if kl_coefficient and kl is None:
         raise ValueError("kl_coefficient is not 0 but no KL was given")
-    if dual_clip is not None and dual_clip <= 1.0:
-        raise ValueError(f"dual_clip is {dual_clip}; it must be more than 1, or it would bound ratios of 1")
     # Masked before exp: padding may hold anything.
     log_ratio = masked(log_probs, mask) - masked(old_log_probs.detach(), mask)
     worth = masked(torch.ones_like(log_ratio) if token_weights is None else token_weights.detach(), mask)
@@ -82,22 +80,25 @@ def policy_loss(
             "approx_kl_sum": masked(torch.expm1(log_ratio) - log_ratio, mask).sum(),
         }
     if dual_clip is not None:
-        floor = torch.where(advantage < 0, dual_clip * advantage, torch.full_like(advantage, -torch.inf))
-        stats["dual_clip_sum"] = (objective.detach() < floor).to(ratio.dtype).sum()
-        objective = torch.maximum(objective, floor)
+        objective, stats["dual_clip_sum"] = _bounded_below(objective, advantage, dual_clip)
     if weights is not None:
         objective = objective * masked(weights.detach(), mask)
     loss = -(objective * worth).sum()
-    if entropy is not None:
-        kept = masked(entropy, mask)
-        stats["entropy_sum"] = kept.detach().sum()
-        if entropy_bonus:
-            loss = loss - entropy_bonus * (kept * worth).sum()
-    if kl is not None:
-        kept = masked(kl, mask)
-        stats["loss_kl_sum"] = kept.detach().sum()
-        loss = loss + kl_coefficient * (kept * worth).sum()
+    for name, term, scale in (("entropy_sum", entropy, -entropy_bonus), ("loss_kl_sum", kl, kl_coefficient)):
+        if term is not None:
+            kept = masked(term, mask)
+            stats[name] = kept.detach().sum()
+            if scale:
+                loss = loss + scale * (kept * worth).sum()
     return loss, worth.sum(), stats
+
+
+def _bounded_below(objective: Tensor, advantage: Tensor, dual_clip: float) -> tuple[Tensor, Tensor]:
+    """(the objective, no less than dual_clip * advantage where that is negative; how many tokens are at the bound)."""
+    if dual_clip <= 1.0:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be more than 1, or it would bound ratios of 1")
+    floor = torch.where(advantage < 0, dual_clip * advantage, torch.full_like(advantage, -torch.inf))
+    return torch.maximum(objective, floor), (objective.detach() < floor).to(objective.dtype).sum()
 
 
 def _row_mean(x: Tensor, worth: Tensor, mask: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class DiversityReward:
 
 
 @dataclass(frozen=True)
-class CollapseLimits:
+class CollapseRule:
     """When a policy counts as collapsed: beyond either bound for `patience` rollouts in a row; None is no bound."""
 
     max_top1_share: float | None = None
@@ -72,7 +72,7 @@ class CollapseLimits:
 class DiversityMonitor:
     """The last `window` replies of a run, how varied they are, and for how long that has been too little."""
 
-    def __init__(self, window: int, limits: CollapseLimits) -> None:
+    def __init__(self, window: int, limits: CollapseRule) -> None:
         """
         Raises:
             ValueError: a window of less than two replies.

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from her_nemo.config.errors import UserError
-from her_nemo.planning.preflight import VLLM_CPU_HEADS
+from her_nemo.planning.rollout_checks import VLLM_CPU_HEADS
 from her_nemo.rollout.engine import Rollout, Sampling
 
 # One in-process engine core: no second interpreter to start, and weights can be handed over as tensors.

@@ -10,7 +10,7 @@ from typing import Any
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.schema import PpoConfig
-from her_nemo.rewards.diversity import CollapseLimits, DiversityMonitor
+from her_nemo.rewards.diversity import CollapseRule, DiversityMonitor
 from her_nemo.training.run import Run
 from her_nemo.training.running import KlController, RunningMoments
 
@@ -24,7 +24,7 @@ class PpoState:
         self.kl = KlController(ppo.initial_policy_kl_penalty, ppo.kl.target, ppo.kl.horizon)
         self.variety: DiversityMonitor | None = None
         if diversity.window:
-            limits = CollapseLimits(diversity.max_top1_share, diversity.min_pattern_entropy, diversity.patience)
+            limits = CollapseRule(diversity.max_top1_share, diversity.min_pattern_entropy, diversity.patience)
             self.variety = DiversityMonitor(diversity.window, limits)
 
     def state_dict(self) -> dict[str, Any]:

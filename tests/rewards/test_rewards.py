@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from her_nemo.rewards.diversity import CollapseLimits, DiversityMonitor, DiversityReward, pattern_novelty
+from her_nemo.rewards.diversity import CollapseRule, DiversityMonitor, DiversityReward, pattern_novelty
 from her_nemo.rewards.reward import Mix, Replies, Scores
 from her_nemo.rewards.rules import RULES, RuleReward, leak_rule, length_rule, repetition_rule, told
 from her_nemo.roleplay.prompt import RolePrompt, Utterance, build_messages
@@ -131,7 +131,7 @@ def test_a_copy_has_no_novelty_of_text_and_breaking_the_format_earns_nothing() -
 
 
 def test_the_watch_over_a_moving_window() -> None:
-    seen = DiversityMonitor(4, CollapseLimits(max_top1_share=0.7, patience=2))
+    seen = DiversityMonitor(4, CollapseRule(max_top1_share=0.7, patience=2))
     seen.add([GOOD, GOOD, GOOD])
     assert seen.strikes == 0, "not full yet"
     seen.add([PLAIN])
@@ -147,7 +147,7 @@ def test_the_watch_over_a_moving_window() -> None:
 
 
 def test_the_watch_by_entropy_and_its_state() -> None:
-    limits = CollapseLimits(min_pattern_entropy=0.5)
+    limits = CollapseRule(min_pattern_entropy=0.5)
     seen = DiversityMonitor(3, limits)
     seen.add([GOOD, GOOD, GOOD])
     assert seen.collapsed
