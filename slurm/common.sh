@@ -116,10 +116,10 @@ her_nemo_wait() {
 }
 
 # Back to the queue: the same job, the same overrides, the same run directory, so that it goes on from the checkpoint.
-# But not if somebody has cancelled it: scancel sends this shell the same signal.
+# But only one that runs: scancel sends this shell the same signal, and a job that was cancelled is COMPLETING by now.
 her_nemo_requeue() {
-    if [[ "$(scontrol show job --oneliner "${SLURM_JOB_ID}")" == *" JobState=CANCELLED "* ]]; then
-        echo "her-nemo: cancelled"
+    if [[ "$(scontrol show job --oneliner "${SLURM_JOB_ID}")" != *" JobState=RUNNING "* ]]; then
+        echo "her-nemo: cancelled or over, so not requeued"
         return 0
     fi
     if ((HER_NEMO_START >= ${HER_NEMO_MAX_RESTARTS:-100})); then

@@ -45,7 +45,8 @@ her_nemo_start_servers() {
     HER_NEMO_VLLM_URLS="$(her_nemo_join "${urls[@]}")"
     export HER_NEMO_VLLM_URLS
     echo "her-nemo: vLLM serves ${VLLM_MODEL} at ${HER_NEMO_VLLM_URLS}"
-    srun --job-name=her-nemo-servers --nodes="${VLLM_NODES}" --ntasks="${VLLM_NODES}" --ntasks-per-node=1 \
+    # A server may have all the cores of its node: a rank's share is not its measure.
+    env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK srun --job-name=her-nemo-servers --nodes="${VLLM_NODES}" --ntasks="${VLLM_NODES}" --ntasks-per-node=1 \
         --nodelist="$(her_nemo_join "${nodes[@]}")" \
         --cpus-per-task="$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))" --kill-on-bad-exit=1 \
         --output="${HER_NEMO_LOGS}/vllm_%n_${HER_NEMO_START}.txt" "${HER_NEMO_SRUN[@]}" \
