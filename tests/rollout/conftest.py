@@ -1,4 +1,4 @@
-"""Test modules here import tiny_qwen3 by name."""
+"""Test modules here import vllm_tiny by name."""
 
 from __future__ import annotations
 

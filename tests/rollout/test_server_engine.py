@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import tiny_qwen3 as tiny
 import torch
+import vllm_tiny as tiny
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel
