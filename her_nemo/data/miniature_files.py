@@ -89,7 +89,7 @@ def _sft_rows(seed: int, purpose: str, split: Split, count: int) -> Iterator[dic
     for scene in sample_scenes(seed, purpose, split, count):
         rng = _words_rng(seed, scene)
         messages = prompt_messages(rng, scene)
-        reply = flawed_reply(rng, scene, sample_flaws(rng, SFT_RATES), split.names)
+        reply = flawed_reply(rng, scene, sample_flaws(rng, SFT_RATES))
         yield {"trace_id": scene.trace_id, "messages": [*messages, {"role": "assistant", "content": reply}]}
 
 

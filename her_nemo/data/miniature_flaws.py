@@ -79,7 +79,11 @@ def sample_pair_flaws(rng: random.Random) -> tuple[frozenset[Flaw], frozenset[Fl
 def flawed_reply(
     rng: random.Random, scene: Scene, flaws: Iterable[Flaw], names: Sequence[str] = ()
 ) -> str:
-    """Text of a reply with exactly these flaws. A wrong name before the reply is the speaker's or one of `names`."""
+    """Text of a reply with exactly these flaws.
+
+    With `names` (of the split) the form can also break as a model breaks it: with a wrong name before the reply, the
+    speaker's or one of `names`, and with a thought or an action closed by another tag.
+    """
     flaws = frozenset(flaws)
     stance = scene.stance
     if Flaw.WRONG_STANCE in flaws:
@@ -115,28 +119,28 @@ def _off_topic(rng: random.Random, scene: Scene, words: dict[str, str]) -> str:
 
 
 def _malformed(rng: random.Random, scene: Scene, reply: Reply, names: Sequence[str]) -> str:
-    """One of nine breakages of the format."""
+    """One of seven breakages of the format that people make, or with `names` of nine: two are a model's own."""
     text = reply.text()
     inside = rng.choice(("role_thinking", "role_action"))
     before_body = f"</system_thinking>{reply.name}: "
-    kind = rng.randrange(9)
+    kind = rng.randrange(9 if names else 7)
     if kind == 0:  # the name is missing
         return text.replace(before_body, "</system_thinking>", 1)
-    if kind == 1:  # somebody else's name
-        return text.replace(before_body, f"</system_thinking>{_wrong_name(rng, scene, names)}: ", 1)
-    if kind == 2:  # never closed
+    if kind == 1:  # never closed
         return text.replace(f"</{inside}>", "", 1)
-    if kind == 3:  # closed by another tag
-        return text.replace(f"</{inside}>", "</system_thinking>", 1)
-    if kind == 4:  # never opened
+    if kind == 2:  # never opened
         return text.replace(f"<{inside}>", "", 1)
-    if kind == 5:  # opened twice
+    if kind == 3:  # opened twice
         return text.replace(f"<{inside}>", f"<{inside}><{inside}>", 1)
-    if kind == 6:  # a closing tag too many
+    if kind == 4:  # a closing tag too many
         return f"{text} </role_thinking>"
-    if kind == 7:  # the reply breaks off
+    if kind == 5:  # the reply breaks off
         return text[: text.index(f"</{inside}>")]
-    return text.replace("<role_action>", "<Role_Action>").replace("</role_action>", "</Role_Action>")
+    if kind == 6:
+        return text.replace("<role_action>", "<Role_Action>").replace("</role_action>", "</Role_Action>")
+    if kind == 7:  # somebody else's name
+        return text.replace(before_body, f"</system_thinking>{_wrong_name(rng, scene, names)}: ", 1)
+    return text.replace(f"</{inside}>", "</system_thinking>", 1)  # closed by another tag
 
 
 def _wrong_name(rng: random.Random, scene: Scene, names: Sequence[str]) -> str:
