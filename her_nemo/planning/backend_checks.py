@@ -7,10 +7,23 @@ from collections.abc import Iterator
 
 from her_nemo.config.errors import Problem
 from her_nemo.config.schema import PpoConfig, RewardConfig, SftConfig
-from her_nemo.config.sections import Loop, PpoLoop
+from her_nemo.config.sections import Loop, PpoLoop, Section
 
 KEY = "trainer.backend"
 PACKAGES = ("nemo_aligner", "nemo")
+
+# What of these sections reaches NeMo-Aligner's PPOTrainer and the models under it; any other key must be left alone.
+PPO_KEYS = {
+    "trainer.ppo": (
+        "max_steps critic_warmup_steps max_epochs val_check_interval save_interval gradient_clip_val "
+        "initial_policy_kl_penalty discount_factor gae_lambda normalize_advantages rollout_batch_seq_length"
+    ),
+    "model.ppo": (
+        "num_rollout_samples rollout_micro_batch_size forward_micro_batch_size num_val_samples entropy_bonus ratio_eps "
+        "sampling_params length_params"
+    ),
+    "reward": "restore_from_path",
+}
 
 
 def check(config: SftConfig | RewardConfig | PpoConfig) -> Iterator[Problem]:
@@ -64,3 +77,14 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
     if set(config.model.data.layer_weights.model_dump().values()) != {1.0}:
         text = "NeMo-Aligner's KL penalty does not know segment kinds"
         yield Problem("model.data.layer_weights", text, hint=f"leave them at 1, or {KEY}=native")
+    sections = {"trainer.ppo": config.trainer.ppo, "model.ppo": config.model.ppo, "reward": config.reward}
+    for name, section in sections.items():
+        yield from _unknown(name, section, PPO_KEYS[name].split())
+
+
+def _unknown(name: str, section: Section, known: list[str]) -> Iterator[Problem]:
+    """Keys of our own loop that are set: under NeMo-Aligner's they would have no effect."""
+    for key, info in type(section).model_fields.items():
+        if key not in known and getattr(section, key) != info.get_default(call_default_factory=True):
+            text = "given, but NeMo-Aligner's PPOTrainer does not know it"
+            yield Problem(f"{name}.{key}", text, hint=f"leave it out, or {KEY}=native")

@@ -50,5 +50,14 @@ def test_what_its_trainers_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert set(found) == {"trainer.ppo.max_epochs", "model.data.layer_weights"}
 
 
+def test_keys_that_would_have_no_effect_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_checks, "PACKAGES", ())
+    given = ["reward.restore_from_path=r", "model.ppo.ratio_eps=0.1", "trainer.ppo.gae_lambda=0.9"]
+    assert problems("ppo", *given) == {}
+    known = backend_checks.PPO_KEYS["model.ppo"].replace(" ratio_eps", "")
+    monkeypatch.setitem(backend_checks.PPO_KEYS, "model.ppo", known)
+    assert set(problems("ppo", *given)) == {"model.ppo.ratio_eps"}
+
+
 def test_our_own_backend_asks_for_nothing() -> None:
     assert problems("sft", "trainer.backend=native", "trainer.sft.save_interval=25") == {}
