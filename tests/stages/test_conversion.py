@@ -171,8 +171,8 @@ def test_a_stale_head_is_caught(how: str, trained: dict, tmp_path: Path, monkeyp
     """An untied model whose lm_head is written from the embedding, as if it were tied."""
     original = streaming.MegatronTensors.rows
 
-    def rows(self: streaming.MegatronTensors, name: str, start: int, stop: int) -> torch.Tensor:
-        return original(self, qwen3_map.EMBEDDING if name == qwen3_map.LM_HEAD else name, start, stop)
+    def rows(self: streaming.MegatronTensors, name: str, *place: object) -> torch.Tensor:
+        return original(self, qwen3_map.EMBEDDING if name == qwen3_map.LM_HEAD else name, *place)
 
     monkeypatch.setattr(streaming.MegatronTensors, "rows", rows)
     said = refused(trained, "untied", tmp_path / "hf", proof=how)
@@ -186,8 +186,8 @@ def test_a_head_of_an_earlier_step_is_caught(
     """The score of a reward model that was trained on since it was gathered."""
     original = streaming.MegatronTensors.rows
 
-    def rows(self: streaming.MegatronTensors, name: str, start: int, stop: int) -> torch.Tensor:
-        found = original(self, name, start, stop)
+    def rows(self: streaming.MegatronTensors, name: str, *place: object) -> torch.Tensor:
+        found = original(self, name, *place)
         return found * 1.01 if name == qwen3_map.SCORE else found
 
     monkeypatch.setattr(streaming.MegatronTensors, "rows", rows)
