@@ -28,8 +28,8 @@ SlurmUser=${user}
 SlurmdUser=${user}
 SlurmctldPort=${FIRST_PORT}
 AuthType=auth/munge
-# cred_expire is also how long a requeued job has to wait; its default is two minutes.
-AuthInfo=socket=${DIR}/munge.socket,cred_expire=5
+# cred_expire is also how long a requeued job has to wait, two minutes by default; a busy machine launches slowly.
+AuthInfo=socket=${DIR}/munge.socket,cred_expire=20
 StateSaveLocation=${DIR}/state
 SlurmdSpoolDir=${DIR}/spool/%n
 SlurmctldPidFile=${DIR}/slurmctld.pid
