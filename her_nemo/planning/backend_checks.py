@@ -56,24 +56,6 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
     if config.trainer.ppo.max_epochs != 1:
         text = f"{config.trainer.ppo.max_epochs}, but NeMo-Aligner's PPOTrainer goes over each rollout once"
         yield Problem("trainer.ppo.max_epochs", text, hint=f"use 1, or {KEY}=native")
-    ours = {
-        "trainer.ppo.advantage_estimator": (config.trainer.ppo.advantage_estimator, "gae"),
-        "trainer.ppo.normalize_rewards": (config.trainer.ppo.normalize_rewards, False),
-        "trainer.ppo.kl.placement": (config.trainer.ppo.kl.placement, "reward"),
-        "trainer.ppo.kl.estimator": (config.trainer.ppo.kl.estimator, "k1"),
-        "trainer.ppo.kl.target": (config.trainer.ppo.kl.target, None),
-        "model.ppo.num_samples_per_prompt": (config.model.ppo.num_samples_per_prompt, 1),
-        "model.ppo.importance.correction": (config.model.ppo.importance.correction, "none"),
-        "model.ppo.rollout_engine": (config.model.ppo.rollout_engine, "megatron"),
-        "reward.kind": (config.reward.kind, "scalar"),
-        "reward.diversity.pattern_weight": (config.reward.diversity.pattern_weight, 0.0),
-        "reward.diversity.text_weight": (config.reward.diversity.text_weight, 0.0),
-        "reward.diversity.window": (config.reward.diversity.window, 0),
-    }
-    for key, (value, theirs) in ours.items():
-        if value != theirs:
-            text = f"{value}, but NeMo-Aligner's PPOTrainer does without"
-            yield Problem(key, text, hint=f"leave it at {'null' if theirs is None else theirs}, or {KEY}=native")
     if set(config.model.data.layer_weights.model_dump().values()) != {1.0}:
         text = "NeMo-Aligner's KL penalty does not know segment kinds"
         yield Problem("model.data.layer_weights", text, hint=f"leave them at 1, or {KEY}=native")
