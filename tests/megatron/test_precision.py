@@ -253,14 +253,12 @@ def test_scales_and_histories_survive_a_checkpoint() -> None:
 
 def test_a_run_without_fp8_goes_on_from_one_with_it(tmp_path: Path) -> None:
     model = qwen3.build(TINY)
-    opt = optimizer.optimizer(model, lr=1e-3)
-    schedule = optimizer.scheduler(opt, lr=1e-3)
-    state.save(tmp_path / "c", model, opt, schedule)
+    state.save(tmp_path / "c", model)
     where = "decoder.layers.0.self_attention.linear_qkv"
     saved = {f"{where}/{side}/{kind}": torch.ones(3) for side in ("scaling_fwd", "scaling_bwd")
              for kind in ("scale", "amax_history")}  # fmt: skip
     save_file(saved, tmp_path / "c" / "fp8_00000.safetensors")
-    assert state.load(tmp_path / "c", model, opt, schedule) == {}
+    assert state.load(tmp_path / "c", model) == {}
 
 
 def test_other_recipes_and_other_modules_have_no_states() -> None:

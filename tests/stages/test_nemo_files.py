@@ -132,7 +132,7 @@ REWARD = """
     limit_train_batches: 1.0
     limit_val_batches: 1
     gradient_clip_val: 1.0
-pretrained_checkpoint: {restore_from_path: ???}
+pretrained_checkpoint: {restore_from_path: "???"}
 model:
   reward_model_type: binary_ranking
   regression: {num_attributes: 9, merge_attributes: false}
@@ -172,7 +172,7 @@ ACTOR = """
     batch_iterator: {use_flask: false, port: 5557}
     model_gbs: ${model.global_batch_size}
     model_mbs: ${model.micro_batch_size}
-pretrained_checkpoint: {restore_from_path: ???}
+pretrained_checkpoint: {restore_from_path: "???"}
 remote_critic_rm:
   reward_model: {name: reward_model, ip: localhost, port: 5555}
   critic: {ip: localhost, port: 5556, name: {train: critic_train, infer: critic_infer, save: critic_save}}
@@ -217,7 +217,7 @@ CRITIC = """
     max_queue_delay_microseconds: 100000
     strip_sequence_length_to_multiple: null
     inference_micro_batch_size: 4
-pretrained_checkpoint: {restore_from_path: ???}
+pretrained_checkpoint: {restore_from_path: "???"}
 model:
   loss_clip_val: 0.3
   offload_adam_states: false
