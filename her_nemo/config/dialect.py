@@ -214,6 +214,7 @@ _drop(
 
 # Whole sections that go, with the reason.
 SECTIONS = {
+    "model.data.chat_prompt_tokens": ROWS,
     "inference": "her-nemo evaluate has its own keys",
     "trainer.ppo.trt_llm": NO_TRT,
     "trainer.ppo.batch_iterator": "every replica takes an equal share of each rollout",
