@@ -51,8 +51,10 @@ BREAKS: dict[Flaw, frozenset[str]] = {
 SFT_RATES: dict[Flaw, float] = dict.fromkeys(Flaw, 0.08) | {Flaw.WRONG_STANCE: 0.06, Flaw.MALFORMED: 0.06}
 CHOSEN_RATE = 0.04  # rate of each flaw in the better reply of a pair
 # How often a flaw is picked for the worse reply, relative to the others. Flaws that are hard to see from the reply
-# alone are shown more often, and so is a broken form, which comes in nine kinds.
+# alone are shown more often, and so is a broken form, which comes in nine kinds; a wrong stance least: it is seldom
+# the one thing that people object to.
 PAIR_WEIGHTS: dict[Flaw, float] = dict.fromkeys(Flaw, 0.8) | {
+    Flaw.WRONG_STANCE: 0.4,
     Flaw.WRONG_ACTION: 1.5,
     Flaw.LOST_STYLE: 2.0,
     Flaw.MALFORMED: 3.0,
