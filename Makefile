@@ -7,6 +7,8 @@ NEMO_VENV ?= .venv-nemo
 ARGS ?=
 # One thread per process: the processes share the cores.
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Two workers, each with whole files: most tests wait for programs to start. ARGS="-n 0" for one after the other.
+SHARE = -n 2 --dist loadfile
 FAST = not slow and not parallel and not demo and not vllm and not gpu
 
 .PHONY: help setup setup-nemo demo test test-fast test-gpu test-nemo test-slurm lint lock
@@ -33,10 +35,10 @@ demo: setup
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/her-nemo demo seed=$(SEED) out=$(OUT) $(ARGS)
 
 test: setup
-	@$(TEST_ENV) $(VENV)/bin/python -m pytest $(ARGS)
+	@$(TEST_ENV) $(VENV)/bin/python -m pytest $(SHARE) $(ARGS)
 
 test-fast: setup
-	@$(TEST_ENV) $(VENV)/bin/python -m pytest -m "$(FAST)" $(ARGS)
+	@$(TEST_ENV) $(VENV)/bin/python -m pytest $(SHARE) -m "$(FAST)" $(ARGS)
 
 test-slurm: setup
 	@$(TEST_ENV) $(VENV)/bin/python -m pytest tests/stages/test_real_slurm.py tests/stages/test_slurm.py $(ARGS)
