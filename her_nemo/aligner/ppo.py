@@ -239,8 +239,10 @@ def _examine(
     gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision)
     reference = rollout["init_logprobs"] if "init_logprobs" in rollout else rollout["logprobs"]
     kl_BT = torch.where(mask_BT, rollout["logprobs"] - reference, 0.0)
+    samples = torch.tensor(float(len(experience)), device=mask_BT.device)
     rows = {
-        "samples": torch.tensor(float(len(experience)), device=mask_BT.device),
+        "samples": samples,
+        "scored": samples,
         "rewards": rollout["rewards"].sum(),
         "tokens": mask_BT.sum(),
         "init_policy_kl": kl_BT.sum(),
