@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_tiny as tiny
+from processes import family, running, status
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel
@@ -68,32 +69,15 @@ def largest_gap(model, rollout: Rollout, temperature: float = 1.0) -> float:
     return max(gaps)
 
 
-def family(pid: int) -> set[int]:
-    """A process and all its descendants."""
-    found = {pid}
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    while new := {child for child, parent in pairs if parent in found} - found:
-        found |= new
-    return found
-
-
 def alive(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in _status(pid)}
-
-
-def _status(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return "\nState:\tZ"
+    return {pid for pid in pids if running(pid)}
 
 
 def kill_server(process: ServerProcess) -> None:
     """SIGKILL to the API server alone, as the kernel does when memory runs out."""
     (server,) = [
         pid for pid in family(process.pid) - {process.pid}
-        if _status(pid).split("\nPPid:\t")[1].split("\n")[0] == str(process.pid)
+        if status(pid).split("\nPPid:\t")[1].split("\n")[0] == str(process.pid)
     ]  # fmt: skip
     os.kill(server, signal.SIGKILL)
 

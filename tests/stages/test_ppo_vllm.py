@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import family, running
 from stage_files import Place, curve, summary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.parallel]
@@ -129,22 +130,6 @@ class TestOneServerOfOurOwn:
         assert json.loads((out / "summary.json").read_text())["seconds"] > 0
 
 
-def processes_of(pid: int) -> set[int]:
-    found = {pid}
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    while new := {child for child, parent in pairs if parent in found} - found:
-        found |= new
-    return found
-
-
-def running(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -168,10 +153,10 @@ def test_a_run_survives_one_server_and_ends_cleanly_without_the_last(wide: Place
     everyone: set[int] = set()
     try:
         wait_until(lambda: steps() >= 1, run, log, START_SECONDS)
-        everyone = processes_of(run.pid)
+        everyone = family(run.pid)
         guards = [int(pid) for pid in re.findall(r"rollout server \S+: process (\d+)", log.read_text())]
         assert len(guards) == 2
-        servers = [min(processes_of(guard) - {guard}) for guard in guards]
+        servers = [min(family(guard) - {guard}) for guard in guards]
         os.kill(servers[0], signal.SIGKILL)
         there = steps()
         wait_until(lambda: steps() >= there + 3, run, log, 200)
