@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules, RewardVerdict
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -198,8 +199,9 @@ class Critic(Section):
 class RewardSource(Section):
     """`reward.*`: what PPO is scored by."""
 
-    kind: Literal["scalar", "rules", "mix"] = knob(
-        "scalar", "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*."
+    kind: Literal["scalar", "rules", "mix", "verdict"] = knob(
+        "scalar",
+        "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*; verdict: the policy is a judge.",
     )
     restore_from_path: str | None = knob(
         None,
@@ -207,6 +209,7 @@ class RewardSource(Section):
     )
     mix: RewardMix = RewardMix()
     rules: RewardRules = RewardRules()
+    verdict: RewardVerdict = RewardVerdict()
     diversity: Diversity = Diversity()
 
     @property
@@ -452,7 +455,9 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,
+    "data_judge": JudgePromptsConfig,
 }
