@@ -94,6 +94,18 @@ def test_a_model_that_writes_no_verdict_earns_nothing_on_two_replicas(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["gae", "her"])
+def test_with_a_critic_or_without(
+    place: Place, stage: Stage, prompts: Path, tmp_path: Path, estimator: str
+) -> None:
+    changes = {"trainer.ppo.advantage_estimator": estimator, "trainer.ppo.kl.placement": "reward",
+               "trainer.ppo.kl.estimator": "k1", "trainer.ppo.max_steps": 1}  # fmt: skip
+    stage("ppo", *rl(place, prompts, tmp_path, **changes))
+    assert curve(tmp_path, "reward/unparsed") == [1.0]
+    assert len(curve(tmp_path, "critic/loss")) == (1 if estimator == "gae" else 0)
+
+
+@pytest.mark.slow
 def test_prompts_without_labels_are_refused(place: Place, her_nemo, prompts: Path, tmp_path: Path) -> None:
     done = her_nemo("ppo", *rl(place, place.world / "prompts_train.jsonl", tmp_path / "run"))
     assert done.returncode == 2
