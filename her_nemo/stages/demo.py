@@ -161,7 +161,10 @@ def beside_each_other(commands: dict[str, list[str]]) -> None:
     """
     import torch
 
-    at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    at_once = 1 if torch.cuda.is_available() else min(cores, len(commands))
+    # They share the cores: threads that wait for each other's turn would be slower than one after the other.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // at_once))}
     waiting, running = list(commands.items()), {}
     with contextlib.ExitStack() as closing, tqdm(total=len(commands), unit="model", disable=None) as bar:
         closing.callback(lambda: [process.kill() for process, _ in running.values()])
@@ -169,7 +172,10 @@ def beside_each_other(commands: dict[str, list[str]]) -> None:
             while waiting and len(running) < at_once:
                 name, words = waiting.pop(0)
                 said = closing.enter_context(tempfile.TemporaryFile("w+"))
-                running[name] = (subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT), said)
+                running[name] = (
+                    subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, env=environment),
+                    said,
+                )
             for name, (process, said) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
