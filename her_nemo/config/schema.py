@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.rl import Diversity, Generative, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -198,8 +198,9 @@ class Critic(Section):
 class RewardSource(Section):
     """`reward.*`: what PPO is scored by."""
 
-    kind: Literal["scalar", "rules", "mix"] = knob(
-        "scalar", "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*."
+    kind: Literal["scalar", "rules", "generative", "mix"] = knob(
+        "scalar",
+        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: by reward.mix.*.",
     )
     restore_from_path: str | None = knob(
         None,
@@ -207,12 +208,18 @@ class RewardSource(Section):
     )
     mix: RewardMix = RewardMix()
     rules: RewardRules = RewardRules()
+    generative: Generative = Generative()
     diversity: Diversity = Diversity()
 
     @property
     def has_model(self) -> bool:
         """Whether a scalar reward model is needed."""
         return self.kind == "scalar" or (self.kind == "mix" and self.mix.scalar > 0)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge compares replies."""
+        return self.kind == "generative" or (self.kind == "mix" and self.mix.generative > 0)
 
 
 # ---------------------------------------------------------------- stages
