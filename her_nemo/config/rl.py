@@ -57,7 +57,7 @@ class RewardRules(Section):
     max_words: PositiveInt = knob(120, "Longest visible reply without a loss, words; twice as many get 0.")
 
 
-class Judge(Section):
+class JudgeSource(Section):
     """`reward.generative.judge.*`: who compares replies: a checkpoint in this process, or servers."""
 
     restore_from_path: str | None = knob(
@@ -93,7 +93,7 @@ class Generative(Section):
         "The replies to compare with, in a file of SFT rows (messages that end with the reply). reference needs it; "
         "with sft null generates them.",
     )
-    judge: Judge = Judge()
+    judge: JudgeSource = JudgeSource()
     max_unparsed: Annotated[float, Field(ge=0.0, le=1.0)] = knob(
         0.2, "Share of a rollout's verdicts that may be unreadable; with more the run stops."
     )

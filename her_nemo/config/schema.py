@@ -200,7 +200,7 @@ class RewardSource(Section):
 
     kind: Literal["scalar", "rules", "generative", "mix"] = knob(
         "scalar",
-        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: by reward.mix.*.",
+        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: a sum.",
     )
     restore_from_path: str | None = knob(
         None,

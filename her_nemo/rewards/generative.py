@@ -93,9 +93,9 @@ class GenerativeReward:
             example = next(first[0] for *_, first in shares if first)
             raise UserError(
                 f"{unread} of the {total} verdicts on one rollout are missing or cannot be read, more than "
-                f"reward.generative.max_unparsed={self._max_unparsed:g} of them. The first: {example}. Give a judge that "
-                "writes HER's verdicts (docs/judge.md), more room (reward.generative.judge.max_tokens), or raise the "
-                "limit. The run can be resumed from its last checkpoint."
+                f"reward.generative.max_unparsed={self._max_unparsed:g} of them. The first: {example}. Give a judge "
+                "that writes HER's verdicts (docs/judge.md), more room (reward.generative.judge.max_tokens), or raise "
+                "the limit. The run can be resumed from its last checkpoint."
             )
 
 

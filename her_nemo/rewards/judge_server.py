@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from her_nemo.config.errors import UserError
-from her_nemo.config.rl import Judge as JudgeKeys
+from her_nemo.config.rl import JudgeSource
 from her_nemo.config.synthesis import Limits
 from her_nemo.data.synthesis.endpoint import Completion, Endpoint, EndpointFailure
 from her_nemo.megatron import parallel
@@ -61,7 +61,7 @@ class ServerJudge:
         UserError: a server does not answer, or two of them serve different checkpoints under the judge's name.
     """
 
-    def __init__(self, keys: JudgeKeys) -> None:
+    def __init__(self, keys: JudgeSource) -> None:
         self._keys = keys
         self._servers = [_Server(url.rstrip("/")) for url in keys.servers]
         served = parallel.on_main(lambda _alive: asyncio.run(self._identities()))
@@ -160,7 +160,9 @@ class ServerJudge:
     def _choose(self, tried: set[str]) -> _Server:
         """The server with the least to do, of those that are well and have not failed at this question."""
         now = time.monotonic()
-        return min(self._servers, key=lambda server: (server.url in tried, server.avoided_until > now, server.under_way))
+        return min(
+            self._servers, key=lambda server: (server.url in tried, server.avoided_until > now, server.under_way)
+        )
 
     def _request(self, messages: list[Message]) -> dict[str, Any]:
         keys = self._keys

@@ -1,7 +1,7 @@
 """What every reward does: replies in, one number a reply out, with a count of those it could not judge.
 
-PPO knows this protocol alone; behind it stand the scalar reward model (`scalar`), rules (`rules`), a judge that compares
-replies (`generative`), and sums of several (`Mix`).
+PPO knows this protocol alone; behind it stand the scalar reward model (`scalar`), rules (`rules`), a judge that
+compares replies (`generative`), and sums of several (`Mix`).
 """
 
 from __future__ import annotations

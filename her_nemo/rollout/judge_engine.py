@@ -15,10 +15,8 @@ import numpy as np
 from her_nemo.data.tokenise import Tokeniser
 from her_nemo.rewards.judge import Answer
 from her_nemo.rewards.reward import Replies
-from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.roleplay.prompt import Message
-
-_NUMBERS = 2**48
+from her_nemo.rollout.engine import RolloutEngine, Sampling
 
 
 class EngineJudge:
@@ -76,19 +74,21 @@ class EngineReplies:
 
     def __init__(self, engine: RolloutEngine, tokeniser: Tokeniser, sampling: Sampling, seed: int) -> None:
         self._engine, self._tokeniser, self._sampling, self._seed = engine, tokeniser, sampling, seed
-        self._kept: dict[int, str] = {}
+        self._kept: dict[tuple[int, ...], str] = {}
 
     def __call__(self, replies: Replies) -> Sequence[str]:
         """See `Opponents`."""
-        numbers = [number_of(ids) for ids in replies.prompt_ids]
-        new = {number: ids for number, ids in zip(numbers, replies.prompt_ids, strict=True) if number not in self._kept}
+        prompts = [tuple(ids) for ids in replies.prompt_ids]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if new:
-            rollout = self._engine.generate([list(ids) for ids in new.values()], self._sampling, self._seed, indices=[*new])
+            rollout = self._engine.generate(
+                [list(prompt) for prompt in new], self._sampling, self._seed, indices=[number_of(p) for p in new]
+            )
             self._kept |= zip(new, map(self._tokeniser.decode, rollout.response_ids), strict=True)
-        return [self._kept[number] for number in numbers]
+        return [self._kept[prompt] for prompt in prompts]
 
 
 def number_of(ids: Sequence[int] | np.ndarray) -> int:
-    """A number that stands for a prompt, wherever in a job it comes up."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _NUMBERS
+    """A number that stands for a prompt, wherever in a job it comes up: seeds are made of it."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")
