@@ -8,15 +8,19 @@ group may stand in its place. A win in both orders is +1, a loss in both -1, all
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from her_nemo.config.errors import UserError
 from her_nemo.megatron import parallel
-from her_nemo.rewards.judge import Compared, Pair, Verdicts
+from her_nemo.rewards.judge import Asked, Compared, Pair, Verdicts
 from her_nemo.rewards.reward import Replies, Scores, messages_of
 from her_nemo.roleplay.judging import candidate, context_of
+
+# A reply, and the other of its group that it is compared with; None for an opponent's.
+Sides = tuple[int, int | None]
 
 
 class Opponents(Protocol):
@@ -31,6 +35,16 @@ class Opponents(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A call that has begun; `problem` is what kept the judge from being asked."""
+
+    replies: Replies
+    sides: list[Sides]
+    verdicts: Asked | None
+    problem: str = ""
+
+
 class GenerativeReward:
     """The mean of a reply's comparisons, from -1 to 1; no score where none of them has a verdict.
 
@@ -42,6 +56,16 @@ class GenerativeReward:
 
     def __init__(self, verdicts: Verdicts, opponents: Opponents | None, *, max_unparsed: float) -> None:
         self._verdicts, self._opponents, self._max_unparsed = verdicts, opponents, max_unparsed
+        self._begun: _Begun | None = None
+
+    def begin(self, replies: Replies) -> None:
+        """See `Begins`: the other replies are made now, and a judge that can is at work from now on."""
+        sides: list[Sides] = []
+        try:
+            sides, pairs = self._pairs(replies)
+            self._begun = _Begun(replies, sides, self._verdicts.begin(pairs))
+        except UserError as error:
+            self._begun = _Begun(replies, sides, None, str(error))
 
     def __call__(self, replies: Replies) -> Scores:
         """Collective over all ranks.
@@ -50,19 +74,22 @@ class GenerativeReward:
             UserError: on every rank, when too many verdicts are missing, or a replica cannot ask its judge.
             ValueError: a group of one has nobody to be compared with.
         """
-        sides: list[tuple[int, int | None]] = []
+        if self._begun is None or self._begun.replies is not replies:
+            self.begin(replies)
+        begun, self._begun = self._begun, None
+        assert begun is not None
         compared: list[Compared] = []
-        problem = ""
-        try:
-            sides, pairs = self._pairs(replies)
-            compared = self._verdicts.compare(pairs)
-        except UserError as error:
-            problem = str(error)  # told to the other replicas, who would wait for this one's share below
+        problem = begun.problem  # told to the other replicas, who would wait for this one's share below
+        if begun.verdicts is not None:
+            try:
+                compared = self._verdicts.finish(begun.verdicts)
+            except UserError as error:
+                problem = str(error)
         self._check(compared, problem)
-        return _scores(replies, sides, compared, (self._verdicts.asked, self._verdicts.kept))
+        return _scores(replies, begun.sides, compared, (self._verdicts.asked, self._verdicts.kept))
 
-    def _pairs(self, replies: Replies) -> tuple[list[tuple[int, int | None]], list[Pair]]:
-        """Who is compared with whom: (reply, other reply of its group or None for an opponent), and the pairs."""
+    def _pairs(self, replies: Replies) -> tuple[list[Sides], list[Pair]]:
+        """Who is compared with whom, by number and by what the judge is shown."""
         shown = [candidate(text) for text in replies.texts]
         contexts = {prompt: context_of(messages_of(prompt)) for prompt in dict.fromkeys(replies.prompts)}
         if self._opponents is not None:
@@ -73,7 +100,7 @@ class GenerativeReward:
         size = replies.group_size
         if size < 2:
             raise ValueError("a reply to a prompt of its own has nobody to be compared with")
-        sides: list[tuple[int, int | None]] = [
+        sides: list[Sides] = [
             (first, second)
             for begin in range(0, len(replies), size)
             for first in range(begin, begin + size)
@@ -101,7 +128,7 @@ class GenerativeReward:
 
 def _scores(
     replies: Replies,
-    sides: Sequence[tuple[int, int | None]],
+    sides: Sequence[Sides],
     compared: Sequence[Compared],
     questions: tuple[int, int],
 ) -> Scores:

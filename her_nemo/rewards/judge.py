@@ -39,6 +39,10 @@ class Judge(Protocol):
 
     identity: Mapping[str, Any]
 
+    def begin(self, conversations: Sequence[list[Message]]) -> None:
+        """Start on what `ask` will be called with next, if it can be done beside this process's own work."""
+        ...
+
     def ask(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """An answer to each. Called on all ranks of a replica with the same conversations; the same answers on each.
 
@@ -81,6 +85,16 @@ class _Read:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Pairs on their way: the questions of each pair (none for replies that look the same), what is known of them, and
+    what the judge has been given."""
+
+    keys: list[tuple[str, ...]]
+    found: dict[str, _Read]
+    new: dict[str, list[Message]]
+
+
 class Verdicts:
     """A judge with a memory.
 
@@ -107,6 +121,10 @@ class Verdicts:
         Raises:
             UserError: the judge cannot be reached, or a file of the cache is damaged.
         """
+        return self.finish(self.begin(pairs))
+
+    def begin(self, pairs: Sequence[Pair]) -> Asked:
+        """The first half of `compare`: the judge is given what nobody has answered yet. Raises as `compare` does."""
         questions: dict[str, list[Message]] = {}
         keys: list[tuple[str, ...]] = []
         for pair in pairs:
@@ -114,27 +132,35 @@ class Verdicts:
             asked = [judge_messages(pair.context, *order, brief=self._brief) for order in both]
             keys.append(tuple(cache_key(self.judge.identity, {"messages": messages}, 1) for messages in asked))
             questions |= zip(keys[-1], asked, strict=True)
-        found = self._answers(questions)
-        return [in_both_orders(*(found[key] for key in both)) if both else Compared(0) for both in keys]
-
-    def _answers(self, questions: Mapping[str, list[Message]]) -> dict[str, _Read]:
         found = {key: self._known[key] for key in questions if key in self._known}
         missing = [key for key in questions if key not in found]
-        stored: dict[str, Answer] = {}
         if self._store is not None and missing:
             stored = parallel.on_replica_leader(partial(_stored, self._store, missing))
+            found |= self._read_all(stored)
             missing = [key for key in missing if key not in stored]
-        new = dict(zip(missing, self.judge.ask([questions[key] for key in missing]), strict=True)) if missing else {}
-        if self._store is not None and parallel.is_replica_leader():
-            for key, answer in new.items():
-                if answer.text is not None:
-                    body = {"identity": dict(self.judge.identity), "request": {"messages": questions[key]}}
-                    self._store.put(key, body | {"text": answer.text, "problem": answer.problem})
+        new = {key: questions[key] for key in missing}
+        if new:
+            self.judge.begin(list(new.values()))
         self.asked, self.kept = len(new), len(questions) - len(new)
-        for key, answer in (stored | new).items():
-            found[key] = read(answer)
-            if answer.text is not None:  # what failed may be answered another time
-                self._known[key] = found[key]
+        return Asked(keys, found, new)
+
+    def finish(self, begun: Asked) -> list[Compared]:
+        """The second half: wait for the judge."""
+        found = dict(begun.found)
+        if begun.new:
+            answers = dict(zip(begun.new, self.judge.ask(list(begun.new.values())), strict=True))
+            found |= self._read_all(answers)
+            if self._store is not None and parallel.is_replica_leader():
+                for key, answer in answers.items():
+                    if answer.text is not None:
+                        body = {"identity": dict(self.judge.identity), "request": {"messages": begun.new[key]}}
+                        self._store.put(key, body | {"text": answer.text, "problem": answer.problem})
+        return [in_both_orders(*(found[key] for key in both)) if both else Compared(0) for both in begun.keys]
+
+    def _read_all(self, answers: Mapping[str, Answer]) -> dict[str, _Read]:
+        """What answers say; those that are answers are remembered."""
+        found = {key: read(answer) for key, answer in answers.items()}
+        self._known |= {key: said for key, said in found.items() if answers[key].text is not None}
         while len(self._known) > KEPT:
             del self._known[next(iter(self._known))]
         return found

@@ -7,8 +7,9 @@ there is one; a server that keeps failing is left alone for a while. No answer a
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,40 @@ class _Server:
             self.avoided_until = time.monotonic() + longer
 
 
+class _UnderWay:
+    """Questions that a thread is asking, so that this process can do its own work meanwhile."""
+
+    def __init__(
+        self,
+        conversations: Sequence[list[Message]],
+        ask: Callable[[Sequence[list[Message]]], Coroutine[Any, Any, list[Answer]]],
+    ) -> None:
+        self.conversations = conversations
+        self._ask = ask
+        self._answers: list[Answer] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._answers = asyncio.run(self._ask(self.conversations))
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most this long; whether it has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> list[Answer]:
+        """The answers, once it has ended; raises what ended it."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._answers
+
+
 class ServerJudge:
     """A `Judge` over servers that are up. Built on every rank (collective), with equal arguments.
 
@@ -64,6 +99,7 @@ class ServerJudge:
     def __init__(self, keys: JudgeSource) -> None:
         self._keys = keys
         self._servers = [_Server(url.rstrip("/")) for url in keys.servers]
+        self._under_way: _UnderWay | None = None
         served = parallel.on_main(lambda _alive: asyncio.run(self._identities()))
         self.identity: Mapping[str, Any] = {
             "judge": served,
@@ -71,12 +107,22 @@ class ServerJudge:
             "structured": keys.structured_output,
         }
 
+    def begin(self, conversations: Sequence[list[Message]]) -> None:
+        """See `Judge.begin`: the first rank of the replica asks in a thread."""
+        if parallel.is_replica_leader():
+            self._under_way = _UnderWay(conversations, self._all)
+
     def ask(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """See `Judge.ask`."""
-        return parallel.on_replica_leader(partial(self._ask, conversations))
+        return parallel.on_replica_leader(partial(self._wait, conversations))
 
-    def _ask(self, conversations: Sequence[list[Message]], alive: Callable[[], None]) -> list[Answer]:
-        return asyncio.run(self._all(conversations, alive))
+    def _wait(self, conversations: Sequence[list[Message]], alive: Callable[[], None]) -> list[Answer]:
+        under_way, self._under_way = self._under_way, None
+        if under_way is None or under_way.conversations != conversations:
+            under_way = _UnderWay(conversations, self._all)
+        while not under_way.wait(ALIVE_SECONDS):
+            alive()
+        return under_way.result()
 
     def _limits(self) -> Limits:
         """Retries and the loss of a server are this class's own, since several servers share them."""
@@ -102,7 +148,7 @@ class ServerJudge:
             raise UserError(f"{KEY}.servers: {self._keys.model!r} is {' at one and '.join(roots)} at another server")
         return {"model": self._keys.model, "served": roots or sorted(said["endpoint"] for said in found)}
 
-    async def _all(self, conversations: Sequence[list[Message]], alive: Callable[[], None]) -> list[Answer]:
+    async def _all(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         async with AsyncExitStack() as closing:
             for server in self._servers:
                 endpoint = Endpoint(server.url, self._limits(), self._keys.api_key_env)
@@ -110,14 +156,7 @@ class ServerJudge:
             slots = asyncio.Semaphore(self._limits().concurrency)
             tasks = [asyncio.create_task(self._answer(messages, slots)) for messages in conversations]
             try:
-                waiting: set[asyncio.Task[Answer]] = set(tasks)
-                while waiting:
-                    done, waiting = await asyncio.wait(
-                        waiting, timeout=ALIVE_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-                    )
-                    for task in done:
-                        task.result()
-                    alive()
+                await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -74,6 +74,21 @@ class Reward(Protocol):
     def __call__(self, replies: Replies) -> Scores: ...
 
 
+@runtime_checkable
+class Begins(Protocol):
+    """A reward that can do its work beside this process's own."""
+
+    def begin(self, replies: Replies) -> None:
+        """Start scoring; the call with the same replies that follows waits for it. Called as the reward is."""
+        ...
+
+
+def begin_scoring(reward: Reward, replies: Replies) -> None:
+    """Let a reward start, where it can."""
+    if isinstance(reward, Begins):
+        reward.begin(replies)
+
+
 class Mix:
     """A weighted sum of rewards. A reply that one of them could not judge has no score.
 
@@ -85,6 +100,11 @@ class Mix:
         if not parts:
             raise ValueError("a mix of no rewards")
         self._parts = dict(parts)
+
+    def begin(self, replies: Replies) -> None:
+        """See `Begins`."""
+        for _, reward in self._parts.values():
+            begin_scoring(reward, replies)
 
     def __call__(self, replies: Replies) -> Scores:
         device = replies.tokens_BS.device

@@ -46,6 +46,9 @@ class EngineJudge:
         # A greedy answer is the same under every seed.
         self.identity = {"judge": dict(identity), "sampling": drawn} | ({"seed": seed} if sampling.temperature else {})
 
+    def begin(self, conversations: Sequence[list[Message]]) -> None:
+        """Nothing: the ranks that would judge have other work till they are asked."""
+
     def ask(self, conversations: Sequence[list[Message]]) -> list[Answer]:
         """See `Judge.ask`. A question that leaves no room for a verdict is not answered."""
         room = self._max_length - self._sampling.max_tokens

@@ -21,7 +21,7 @@ from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
-from her_nemo.rewards.reward import Replies, Reward
+from her_nemo.rewards.reward import Replies, Reward, begin_scoring
 from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
@@ -71,12 +71,14 @@ def run(cfg: PpoConfig) -> int:
                 engine.start(*request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1))
             here.metrics.log(step, engine.tags())
             with here.timers("score"):
-                told = ex.score(experience, replies, shaped)
+                begin_scoring(shaped, replies)  # a judge behind servers is at work from now on
             with here.timers("log_probs"):
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
+            with here.timers("score"):
+                told = ex.score(experience, replies, shaped)
             gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
             check_versions(experience, version, step, allowed=engine.staleness)
             told |= ex.correct_for_engine(experience, model.ppo.importance)

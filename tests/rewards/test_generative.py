@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judges import RuleJudge, candidates_of, longer
+from judges import RuleJudge, candidates_of, longer, messages, prompt_text, replies
 
 from her_nemo.config.errors import UserError
 from her_nemo.rewards.generative import GenerativeReward
 from her_nemo.rewards.judge import Answer, Verdicts
 from her_nemo.rewards.opponents import RepliesOfFile
-from her_nemo.rewards.reward import Mix, Replies
-from her_nemo.roleplay.prompt import RolePrompt, Utterance, build_messages
+from her_nemo.rewards.reward import Mix
+from her_nemo.roleplay.prompt import Utterance
 from her_nemo.roleplay.verdict import Winner
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -26,30 +25,6 @@ PLAN = "<system_thinking>Mara should refuse.</system_thinking>"
 ONE, TWO, THREE, FOUR = (f"{PLAN}Mara: {' '.join(['word'] * count)}" for count in (1, 2, 3, 4))
 ALSO_TWO = f"{PLAN}Mara: other words"
 TWO_OTHER_PLAN = TWO.replace("refuse", "accept")
-HISTORY = (
-    Utterance("Odo", "Odo: Sell me the horse."),
-    Utterance("Mara", "Mara: <role_thinking>He is a thief.</role_thinking> Never."),
-    Utterance("Odo", "Odo: Then the cart."),
-)
-
-
-def messages(*history: Utterance) -> list[dict[str, str]]:
-    system = RolePrompt(name="Mara", book="The Salt Road", profile="Mara acts blunt.")
-    return build_messages(system, "Mara", history or HISTORY)
-
-
-def prompt_text(rows: list[dict[str, str]] | None = None) -> str:
-    body = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in rows or messages())
-    return body + "<|im_start|>assistant\n"
-
-
-def replies(*texts: str, group: int = 1, prompts: tuple[str, ...] = ()) -> Replies:
-    count = len(texts)
-    return Replies(
-        prompts=prompts or (prompt_text(),) * count, texts=texts, prompt_ids=[[1]] * count, reply_ids=[[2]] * count,
-        finished=[True] * count, tokens_BS=torch.ones(count, 2, dtype=torch.long),
-        lengths_B=torch.full((count,), 2), group_size=group,
-    )  # fmt: skip
 
 
 def against(other: str, judge: RuleJudge, **options: object) -> GenerativeReward:

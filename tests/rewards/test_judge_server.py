@@ -7,14 +7,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from judges import candidates_of, longer, verdict_text
+from judges import candidates_of, longer, replies, verdict_text
 from scripted_endpoint import Reply, Script, ScriptedEndpoint
 
 from her_nemo.config.errors import UserError
 from her_nemo.config.rl import JudgeSource
 from her_nemo.rewards import judge_server
+from her_nemo.rewards.generative import GenerativeReward
 from her_nemo.rewards.judge import Pair, Verdicts
 from her_nemo.rewards.judge_server import ServerJudge
+from her_nemo.rewards.reward import Mix, begin_scoring
 from her_nemo.roleplay.judging import judge_messages
 from her_nemo.roleplay.verdict import VERDICT_SCHEMA
 
@@ -86,6 +88,26 @@ def test_all_questions_are_under_way_at_once_within_the_bound(judge_at: Callable
     assert first.most_at_once + second.most_at_once <= 6
     assert len(first.requests) + len(second.requests) == 8
     assert min(len(first.requests), len(second.requests)) >= 3
+
+
+def test_a_reward_that_began_is_judged_beside_other_work(judge_at: Callable) -> None:
+    slow = lambda body, number: Reply(judged(body, number).text, delay=0.4)  # noqa: E731
+    (server,), judge = judge_at(slow, concurrency=16)
+    others = [pair.other for pair in PAIRS]
+    reward = GenerativeReward(Verdicts(judge), lambda seen: others, max_unparsed=0.0)
+    seen = replies(*(pair.reply for pair in PAIRS))
+    mixed = Mix({"generative": (2.0, reward)})
+    begin_scoring(mixed, seen)
+    time.sleep(0.7)
+    begun = time.monotonic()
+    assert mixed(seen).scores_B.tolist() == [2.0 * points for points in POINTS]
+    assert time.monotonic() - begun < 0.2, "the answers were there"
+    assert len(server.requests) == 10
+    # Other replies than those that were begun are judged by themselves.
+    others[:] = ["Mara: word word"] * 2
+    begin_scoring(mixed, replies(PAIRS[0].reply, PAIRS[3].reply))
+    del others[1:]
+    assert mixed(replies("Mara: word word word word word word word")).scores_B.tolist() == [2.0]
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,12 @@ def rows(world: Path, count: int, seed: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def train_judge(place: Place, out: Path) -> Path:
+def train_judge(place: Place, out: Path, head_dim: int = 16) -> Path:
     """A judge for whom cand_1 is always better, in Hugging Face form."""
     tokeniser = Tokeniser(place.model)
     model = tiny_model(
         out, tokenizer=tokeniser.hf, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=1024,
     )  # fmt: skip
     reply = tokeniser.reply_ids(verdict_text(Winner.CAND_1))
     asked = [tokeniser.prompt_ids(messages) for messages in rows(place.world, STEPS * BATCH, 0)]

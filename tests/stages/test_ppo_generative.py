@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 Stage = Callable[..., None]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 JUDGE = "reward.generative.judge"
-CURVES = ("train_rollouts/rewards", "reward/disagreed", "reward/unparsed", "train_optim/loss", "val_rollouts/rewards")
+CURVES = ("train_rollouts/rewards", "reward/disagreed", "train_optim/loss", "val_rollouts/rewards")
 SHOWN = re.compile(r"===cand_1===\n(.*?)\n\n===cand_2===\n(.*)", re.DOTALL)
 
 
@@ -96,7 +96,9 @@ def test_in_process_the_same_on_two_replicas_and_over_two_ranks(
     for name, layout in layouts.items():
         stage("ppo", *overrides(place, tmp_path / name, **in_process(judge)), *layout)
     one = tmp_path / "one"
-    assert curve(one, "reward/unparsed") == [0.0] * 3
+    # The rules count replies that do not parse under the same name.
+    assert curve(one, "reward/generative_unparsed") == [0.0] * 3
+    assert curve(one, "reward/unparsed") == curve(one, "reward/rules_unparsed")
     # cand_1 wins in either order: every pair that differs is a tie, and there are many.
     assert min(curve(one, "reward/disagreed")) > 0.5
     assert curve(one, "reward/generative") == [0.0] * 3
