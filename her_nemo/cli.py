@@ -25,9 +25,11 @@ SUMMARIES = {
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
     "verify": "compare two checkpoints tensor by tensor: her-nemo verify A B",
     "evaluate": "replies from vLLM on held-out prompts, scored",
+    "judge": "how well a judge of two replies judges, on held-out pairs",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
+    "data_judge": "preference pairs -> a judge's prompts, both orders, balanced",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 

@@ -102,6 +102,13 @@ class Generative(Section):
     )
 
 
+class RewardVerdict(Section):
+    """`reward.verdict.*`: what a judge in training earns, for reward.kind=verdict (docs/judge.md)."""
+
+    correct: NonNegativeFloat = knob(1.0, "For a verdict that agrees with the label of its row.")
+    valid: NonNegativeFloat = knob(0.2, "For a verdict that can be read.")
+
+
 class Diversity(Section):
     """`reward.diversity.*`: a reward for differing inside a group, and a watch over the last replies."""
 

@@ -9,8 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Diversity, Generative, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.rl import (
+    Diversity,
+    Generative,
+    ImportanceSampling,
+    RewardMix,
+    RewardRules,
+    RewardVerdict,
+)
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -198,9 +206,10 @@ class Critic(Section):
 class RewardSource(Section):
     """`reward.*`: what PPO is scored by."""
 
-    kind: Literal["scalar", "rules", "generative", "mix"] = knob(
+    kind: Literal["scalar", "rules", "generative", "mix", "verdict"] = knob(
         "scalar",
-        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: a sum.",
+        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: a sum of "
+        "these; verdict: the policy is a judge.",
     )
     restore_from_path: str | None = knob(
         None,
@@ -209,6 +218,7 @@ class RewardSource(Section):
     mix: RewardMix = RewardMix()
     rules: RewardRules = RewardRules()
     generative: Generative = Generative()
+    verdict: RewardVerdict = RewardVerdict()
     diversity: Diversity = Diversity()
 
     @property
@@ -459,7 +469,9 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,
+    "data_judge": JudgePromptsConfig,
 }

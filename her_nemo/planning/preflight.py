@@ -16,6 +16,7 @@ from her_nemo.config.architecture import (
 )
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -68,12 +69,14 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
         problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, EvaluateConfig | JudgeConfig):
         problems += _evaluation(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):
         problems += data_checks.ingest(config)
+    if isinstance(config, JudgePromptsConfig):
+        problems += [*_file("source", config.source), *_target("out", config.out)]
     if isinstance(config, SynthesiseConfig):
         problems += data_checks.synthesise(config, environment or {})
     if isinstance(config, InspectConfig):
@@ -370,7 +373,7 @@ def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, 
         )
 
 
-def _evaluation(config: EvaluateConfig) -> Iterator[Problem]:
+def _evaluation(config: EvaluateConfig | JudgeConfig) -> Iterator[Problem]:
     shape, found = _source("model", config.model)
     yield from found
     if not found and not (Path(config.model) / "config.json").is_file():
@@ -379,7 +382,7 @@ def _evaluation(config: EvaluateConfig) -> Iterator[Problem]:
             "model", f"{config.model}: vLLM reads Hugging Face directories (with config.json)", hint=hint
         )
     yield from _file("prompts", config.prompts)
-    if config.scenes is not None:
+    if isinstance(config, EvaluateConfig) and config.scenes is not None:
         yield from _file("scenes", config.scenes)
     yield from _target("out", config.out)
     limit = config.max_model_len or shape.get("max_position_embeddings")

@@ -35,6 +35,7 @@ class Replies:
         finished: False where the reply was cut at its longest.
         tokens_BS, lengths_B: prompt and reply in one row, padded right, and their lengths, for a model to read.
         group_size: replies to one prompt, which follow each other.
+        trace_ids: the names of the prompts' rows, for a reward that knows something of them.
     """
 
     prompts: Sequence[str]
@@ -45,6 +46,7 @@ class Replies:
     tokens_BS: torch.Tensor
     lengths_B: torch.Tensor
     group_size: int = 1
+    trace_ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.texts)

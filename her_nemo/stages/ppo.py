@@ -248,6 +248,7 @@ def generate(
         tokens_BS=experience.tokens_BS,
         lengths_B=experience.lengths_B,
         group_size=samples,
+        trace_ids=[prompts[place // samples].trace_id for place in places],
     )
     return experience, replies
 
