@@ -88,7 +88,7 @@ def check_others(config: StageConfig) -> list[Problem]:
     if isinstance(config, SynthesiseConfig):
         place = Path(config.source)
         conversations = str(place / "conversations.parquet") if place.is_dir() else config.source
-        found += _rows("source", conversations, PAIR if config.stage == "principles" else CONVERSATION)
+        found += _rows("source", conversations, PAIR if config.stage in ("principles", "judge") else CONVERSATION)
     return found
 
 
