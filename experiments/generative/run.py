@@ -1,6 +1,6 @@
 """Does a role-play policy get better when a judge compares it with its own start, as in HER?
 
-    python experiments/generative/run.py --demo runs/demo --judge runs/judge --seed 0 --out runs/generative
+    python experiments/generative/run.py --demo runs/demo --judge runs/judge/rl --seed 0 --out runs/generative
 
 HER's group-relative variant from the SFT model of a finished demo (`make demo SEED=0`). The reward is the judge alone:
 each reply against the frozen SFT model's, in both orders. Then export and evaluation on the demo's held-out prompts by
@@ -83,10 +83,10 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="the run directory of a finished demo")
-    parser.add_argument("--judge", type=Path, required=True, help="a judge's run directory (experiments/judge)")
+    parser.add_argument("--judge", type=Path, required=True, help="a judge, e.g. runs/judge/rl of experiments/judge")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling and data order; the demo's, usually")
     parser.add_argument("--steps", type=int, default=16, help="rollouts of 128 replies")
-    parser.add_argument("--verdict-tokens", type=int, default=240, help="longest verdict")
+    parser.add_argument("--verdict-tokens", type=int, default=176, help="longest verdict")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of her-nemo ppo")
     parser.add_argument("--out", type=Path, default=Path("runs/generative"))
     options = parser.parse_args()
