@@ -11,7 +11,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules, RewardVerdict
+from her_nemo.config.rl import (
+    Diversity,
+    Generative,
+    ImportanceSampling,
+    RewardMix,
+    RewardRules,
+    RewardVerdict,
+)
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -199,9 +206,10 @@ class Critic(Section):
 class RewardSource(Section):
     """`reward.*`: what PPO is scored by."""
 
-    kind: Literal["scalar", "rules", "mix", "verdict"] = knob(
+    kind: Literal["scalar", "rules", "generative", "mix", "verdict"] = knob(
         "scalar",
-        "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*; verdict: the policy is a judge.",
+        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: a sum of "
+        "these; verdict: the policy is a judge.",
     )
     restore_from_path: str | None = knob(
         None,
@@ -209,6 +217,7 @@ class RewardSource(Section):
     )
     mix: RewardMix = RewardMix()
     rules: RewardRules = RewardRules()
+    generative: Generative = Generative()
     verdict: RewardVerdict = RewardVerdict()
     diversity: Diversity = Diversity()
 
@@ -216,6 +225,11 @@ class RewardSource(Section):
     def has_model(self) -> bool:
         """Whether a scalar reward model is needed."""
         return self.kind == "scalar" or (self.kind == "mix" and self.mix.scalar > 0)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge compares replies."""
+        return self.kind == "generative" or (self.kind == "mix" and self.mix.generative > 0)
 
 
 # ---------------------------------------------------------------- stages

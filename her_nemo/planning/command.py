@@ -178,6 +178,8 @@ def _notes(config: Any, answer: Answer, length: float | None) -> list[str]:
         notes.append(
             "rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess"
         )
+        if config.reward.is_judged:
+            notes.append("a judge's verdicts are not in the times; its checkpoint counts as large as the policy")
     return notes
 
 

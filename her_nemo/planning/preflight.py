@@ -37,6 +37,7 @@ from her_nemo.planning import (
     adapter_checks,
     backend_checks,
     data_checks,
+    judge_checks,
     ppo_checks,
     precision_checks,
     rollout_checks,
@@ -63,6 +64,7 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
     if isinstance(config, PpoConfig):
         problems += [*_ppo(config), *_scorers(config, shape | config.model.architecture())]
         problems += rollout_checks.check(config, shape | config.model.architecture())
+        problems += judge_checks.check(config, environment or {})
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
@@ -320,10 +322,13 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:
-    """Reward model and critic: they are there, read the actor's tokens, and can be cut up as the actor is."""
+    """Reward model, critic and judge: they are there, and can be cut up as the actor is. But for the judge, who reads
+    texts, they read the actor's tokens."""
+    judge = "reward.generative.judge.restore_from_path"
     paths = {
         "reward.restore_from_path": config.reward.restore_from_path,
         "critic.restore_from_path": config.critic.restore_from_path,
+        judge: config.reward.generative.judge.restore_from_path if config.reward.is_judged else None,
     }
     for key, path in paths.items():
         if path is None:
@@ -331,7 +336,7 @@ def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:
         shape, found = _source(key, path)
         yield from found
         rows = shape.get("vocab_size")
-        if rows is not None and rows != actor.get("vocab_size", rows):
+        if key != judge and rows is not None and rows != actor.get("vocab_size", rows):
             text = f"{path}: has a vocabulary of {rows}, but the actor's is {actor['vocab_size']}"
             yield Problem(key, text, hint="give one that was trained from the same tokenizer")
         for problem in _cut(config.model, shape):

@@ -51,6 +51,7 @@ def check(config: TrainingConfig, architecture: ArchitectureKeys) -> list[Proble
     found = [
         *_rows("model.data.train_ds.file_path", data.train_ds.file_path, wanted),
         *_rows("model.data.validation_ds.file_path", data.validation_ds.file_path, wanted),
+        *(_compared_with(config) if isinstance(config, PpoConfig) else ()),
         *_vocabulary(tokenizer, given or config.pretrained_checkpoint.restore_from_path, architecture),
         *_resume(config, architecture),
     ]
@@ -102,6 +103,12 @@ def architecture_of(path: str) -> ArchitectureKeys:
     except UserError:
         return {}
     return {}
+
+
+def _compared_with(config: PpoConfig) -> Iterator[Problem]:
+    """The replies that a judge compares with are rows of SFT."""
+    if config.reward.is_judged:
+        yield from _rows("reward.generative.replies", config.reward.generative.replies, ("messages",))
 
 
 def _rows(key: str, path: str | None, wanted: Sequence[str]) -> Iterator[Problem]:

@@ -300,6 +300,8 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     if lora is None or model.peft.restore_from_path is not None:
         parts.append(Part("reference", "lm", False, lora=lora))  # else it is the actor without its adapters
     parts += [Part("reward model", "scalar", False)] if has_reward_model else []
+    judged = config.reward.is_judged and config.reward.generative.judge.restore_from_path is not None
+    parts += [Part("judge", "lm", False)] if judged else []  # counted as large as the policy
     samples, mine = ppo.num_rollout_samples, max(1, ppo.num_rollout_samples // planner.layout.data)
     resident = mine * model.encoder_seq_length * EXPERIENCE_BYTES
     longest = min(ppo.length_params.max_length, planner.length)

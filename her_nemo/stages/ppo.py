@@ -21,13 +21,14 @@ from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
-from her_nemo.rewards.reward import Replies, Reward
+from her_nemo.rewards.reward import Replies, Reward, begin_scoring
 from her_nemo.rollout import experience as ex
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
 from her_nemo.rollout.invariants import check_masks, check_rollout_gap, check_unmoved_kl, check_versions
 from her_nemo.rollout.open_engine import open_engine
 from her_nemo.stages import ppo_tags as tags
+from her_nemo.stages.ppo_judge import generative_reward
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
 from her_nemo.stages.ppo_rewards import build_reward, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
@@ -46,7 +47,8 @@ def run(cfg: PpoConfig) -> int:
         prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
         warmup, last = ppo.critic_warmup_steps, ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, judge = build_models(cfg, here, last)
-        reward = build_reward(cfg, judge)
+        judged = generative_reward(cfg, reference, tokeniser, sampling_of(cfg, tokeniser), (prompts, held_out))
+        reward = build_reward(cfg, judge, judged)
         engine = closing.enter_context(
             open_engine(cfg, actor.model, pad_id=tokeniser.pad_id, run_dir=here.directory)
         )
@@ -69,12 +71,14 @@ def run(cfg: PpoConfig) -> int:
                 engine.start(*request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1))
             here.metrics.log(step, engine.tags())
             with here.timers("score"):
-                told = ex.score(experience, replies, shaped)
+                begin_scoring(shaped, replies)  # a judge behind servers is at work from now on
             with here.timers("log_probs"):
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
+            with here.timers("score"):
+                told = ex.score(experience, replies, shaped)
             gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
             check_versions(experience, version, step, allowed=engine.staleness)
             told |= ex.correct_for_engine(experience, model.ppo.importance)
@@ -198,9 +202,18 @@ def request(
 
     What is drawn for a reply depends on model.seed, the step and the reply's place in the whole rollout.
     """
-    ppo = cfg.model.ppo
     mine = range(parallel.data_rank(), len(prompts), parallel.data_size())
-    sampling = Sampling(
+    samples = samples_per_prompt or cfg.model.ppo.num_samples_per_prompt
+    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
+    asked = [prompts[index].token_ids.tolist() for index, _ in places]
+    seed = cfg.model.seed * 100_003 + step
+    return asked, sampling_of(cfg, tokeniser), seed, [place for _, place in places]
+
+
+def sampling_of(cfg: PpoConfig, tokeniser: Tokeniser) -> Sampling:
+    """How the tokens of a reply are drawn."""
+    ppo = cfg.model.ppo
+    return Sampling(
         temperature=ppo.sampling_params.temperature,
         top_k=ppo.sampling_params.top_k,
         top_p=ppo.sampling_params.top_p,
@@ -208,10 +221,6 @@ def request(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    samples = samples_per_prompt or ppo.num_samples_per_prompt
-    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
-    asked = [prompts[index].token_ids.tolist() for index, _ in places]
-    return asked, sampling, cfg.model.seed * 100_003 + step, [place for _, place in places]
 
 
 def generate(

@@ -12,8 +12,9 @@ from her_nemo.rewards.rules import RULES, RuleReward
 from her_nemo.rewards.verdict import VerdictReward
 
 
-def build_reward(cfg: PpoConfig, reward_model: Model | None) -> Reward:
-    """What replies are scored by, in training and in validation alike. `reward_model`: where the kind needs one."""
+def build_reward(cfg: PpoConfig, reward_model: Model | None, generative: Reward | None = None) -> Reward:
+    """What replies are scored by, in training and in validation alike. `reward_model`, `generative` (a judge's
+    comparisons, stages/ppo_judge.py): where the kind needs them."""
     reward = cfg.reward
     if reward.kind == "verdict":
         files = (cfg.model.data.train_ds.file_path, cfg.model.data.validation_ds.file_path)
@@ -25,7 +26,9 @@ def build_reward(cfg: PpoConfig, reward_model: Model | None) -> Reward:
             reward.mix.scalar,
             ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size),
         )
-    if reward.kind != "scalar":
+    if generative is not None:
+        parts["generative"] = (reward.mix.generative, generative)
+    if reward.kind in ("rules", "mix"):
         given = reward.rules.model_dump()
         rules = RuleReward(
             {name: given[name] for name in RULES}, shortest=given["min_words"], longest=given["max_words"]
