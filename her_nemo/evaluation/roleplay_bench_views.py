@@ -58,19 +58,21 @@ class Seed:
 
     def opening(self) -> list[Line]:
         """The given messages: the character's prologue, if there is one, and the user's first words."""
-        lines = [Line(self.ai_name, self.ai_prologue, "given", Dialect.STARRED.value)] if self.ai_prologue else []
+        lines = (
+            [Line(self.ai_name, self.ai_prologue, "given", Dialect.STARRED.value)] if self.ai_prologue else []
+        )
         return [*lines, Line(self.user_name, self.initial_user_input, "given", Dialect.STARRED.value)]
 
 
-def read_seeds(paths: Sequence[str | Path]) -> list[Seed]:
-    """The seeds of JSON-lines or Parquet files, in order.
+def read_seeds(paths: Sequence[str | Path], count: int | None = None) -> list[Seed]:
+    """The seeds of JSON-lines or Parquet files, in order; the first `count` of each file, or all.
 
     Raises:
         UserError: a file that cannot be read, a row without a field, an id used twice, or no seed at all.
     """
     seeds: dict[str, Seed] = {}
     for path in paths:
-        for number, row in enumerate(_rows(Path(path)), 1):
+        for number, row in enumerate(_rows(Path(path))[:count], 1):
             seed = _seed(row, f"{path}, row {number}")
             if seed.scene_id in seeds:
                 raise UserError(f"{path}, row {number}: the id {seed.id!r} is used twice in {seed.language}")
@@ -119,9 +121,7 @@ def _seed(row: Any, place: str) -> Seed:
 
 def parsed(line: Line, *, expect_plan: bool = False) -> Turn:
     """The turn of a line, in the dialect that it is written in."""
-    return parse_message(
-        line.text, Dialect(line.dialect), expect_plan=expect_plan, expect_name=line.speaker
-    )
+    return parse_message(line.text, Dialect(line.dialect), expect_plan=expect_plan, expect_name=line.speaker)
 
 
 def visible(line: Line) -> str:
@@ -160,7 +160,8 @@ def actor_messages(seed: Seed, dialogue: Sequence[Line], form: str, card: Prompt
             others=((seed.user_name, seed.user_setting),) if seed.user_setting else (),
         )
         history = [
-            Utterance(line.speaker, to_her(line.text, Dialect(line.dialect), line.speaker)) for line in dialogue
+            Utterance(line.speaker, to_her(line.text, Dialect(line.dialect), line.speaker))
+            for line in dialogue
         ]
         return build_messages(prompt, seed.ai_name, history, Layout(form))
     messages = card.messages(**_parts(seed))
@@ -169,9 +170,7 @@ def actor_messages(seed: Seed, dialogue: Sequence[Line], form: str, card: Prompt
 
 def user_messages(seed: Seed, dialogue: Sequence[Line], prompt: PromptFile) -> list[Message]:
     """The prompt for the user simulator's next turn. It knows the character's name and what it sees of it."""
-    messages = prompt.messages(
-        user_name=seed.user_name, user_setting=seed.user_setting, ai_name=seed.ai_name
-    )
+    messages = prompt.messages(user_name=seed.user_name, user_setting=seed.user_setting, ai_name=seed.ai_name)
     return _chat(messages, dialogue, seed.user_name)
 
 
@@ -281,7 +280,9 @@ def read_flaws(
         if not isinstance(turns, list) or not turns or not all(_is_one(turn, judged) for turn in turns):
             raise BadAnswer(f"flaws[{at}]: turns {turns!r} are not among the judged {list(judged)}")
         if type(severity) is not int or not 1 <= severity <= MAX_SEVERITY:
-            raise BadAnswer(f"flaws[{at}]: severity {severity!r} is not a whole number from 1 to {MAX_SEVERITY}")
+            raise BadAnswer(
+                f"flaws[{at}]: severity {severity!r} is not a whole number from 1 to {MAX_SEVERITY}"
+            )
         quote, explanation = entry.get("quote"), entry.get("explanation")
         if not isinstance(quote, str) or not isinstance(explanation, str):
             raise BadAnswer(f"flaws[{at}]: quote and explanation must be texts")
