@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from her_nemo.config.base import knob, required
 from her_nemo.config.evaluation import BenchmarkConfig, ChatModel, ChatSampling, JudgeModel
@@ -17,7 +17,7 @@ class RoleplayBenchConfig(BenchmarkConfig):
 
     benchmark: Literal["roleplay_bench"] = knob("roleplay_bench", "Which benchmark.")
     seeds: str | list[str] = required("Seeds of the benchmark: JSON lines or Parquet, one file or several.")
-    num_seeds: PositiveInt | None = knob(None, "Seeds to take from the head of each file; null takes all.")
+    num_seeds: Annotated[int, Field(ge=-1)] = knob(-1, "Seeds to take from the head of each file; -1 takes all.")
     actor: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.7, top_p=0.95, max_tokens=1024, seed=0))
     user: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.9, top_p=0.95, max_tokens=256, seed=0))
     judge: JudgeModel = JudgeModel()

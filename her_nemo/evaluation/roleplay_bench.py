@@ -241,7 +241,7 @@ async def _run_bench(
     cfg: RoleplayBenchConfig, fingerprints: Mapping[str, Mapping[str, str]] | None
 ) -> tuple[Results, list[Scene]]:
     paths = [cfg.seeds] if isinstance(cfg.seeds, str) else cfg.seeds
-    seeds = read_seeds(paths, cfg.num_seeds)
+    seeds = read_seeds(paths, None if cfg.num_seeds < 0 else cfg.num_seeds)
     prompts = load_prompts(cfg.prompts_dir)
     sessions = [Session(seed, run) for seed in seeds for run in range(cfg.runs)]
     roles = {"actor": cfg.actor, "user": cfg.user, "judge": cfg.judge}
