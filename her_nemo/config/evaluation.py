@@ -92,3 +92,26 @@ class BenchmarkConfig(StageConfig):
     limits: RequestLimits = RequestLimits()
     statistics: Certainty = Certainty()
     server: ServerKeys = ServerKeys()
+
+
+class CoserConfig(BenchmarkConfig):
+    """`her-nemo evaluate benchmark=coser`: CoSER's given-circumstance acting."""
+
+    scenes: str = required("CoSER's test_set.json, or a file of the same form.")
+    num_scenes: Annotated[int, Field(ge=-1)] = knob(-1, "Scenes to take from the file's head; -1 takes all.")
+    protocol: Literal["upstream", "her", "fixed"] = knob(
+        "fixed", "Whose choices: CoSER's repository, HER's fork, or ours without their slips (docs/evaluation.md)."
+    )
+    layout: Literal["auto", "her", "coser"] = knob(
+        "auto", "How the actor is prompted and writes: HER's tags or CoSER's brackets; auto: coser for upstream."
+    )
+    dialect: Literal["auto", "her", "coser"] = knob(
+        "auto", "How the messages of the file are written; auto: her where one has HER's tags."
+    )
+    max_rounds: PositiveInt = knob(20, "Messages of a dialogue at most, the given ones included.")
+    continue_from: NonNegativeInt = knob(0, "Messages taken from the data before the actor goes on.")
+    prompts_dir: str | None = knob(None, "Directory of prompt files to use before the packaged ones.")
+    actor: ChatModel = ChatModel()
+    judge: JudgeModel = JudgeModel()
+    environment: ChatModel = ChatModel()
+    next_speaker: ChatModel = ChatModel()

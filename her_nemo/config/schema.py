@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.sections import (
@@ -452,6 +453,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
+    "evaluate_coser": CoserConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,

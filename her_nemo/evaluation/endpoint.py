@@ -33,6 +33,7 @@ Answer = TypeVar("Answer")
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
+RETRY_TEMPERATURE = 1.0
 SHOWN_ANSWER = 4_000  # characters of a bad answer kept in a failure
 _MEBIBYTE = 2**20
 _WHOLE_FILE = 64 * _MEBIBYTE
@@ -78,7 +79,7 @@ class RoleModel:
         draw: int = 0,
         schema: tuple[str, Mapping[str, Any]] | None = None,
         json_object: bool = False,
-        stop: Sequence[str] = (),
+        temperature: float | None = None,
     ) -> Completion | Failure:
         """One answer, from the cache if it was given before.
 
@@ -87,7 +88,7 @@ class RoleModel:
             draw: tells apart answers to the same prompt (runs, attempts); added to the seed that is sent.
             schema: (name, JSON schema) that the endpoint holds the answer to.
             json_object: ask for any JSON object instead.
-            stop: strings that end the answer.
+            temperature: instead of that of the sampling.
 
         Raises:
             UserError: when going on makes no sense (wrong key or path, endpoint down).
@@ -95,15 +96,13 @@ class RoleModel:
         request: dict[str, Any] = {
             "model": self.model,
             "messages": list(messages),
-            "temperature": self.sampling.temperature,
+            "temperature": self.sampling.temperature if temperature is None else temperature,
             "top_p": self.sampling.top_p,
             "max_tokens": self.sampling.max_tokens,
             **self.extra_body,
         }
         if self.sampling.seed is not None:
             request["seed"] = self.sampling.seed + draw
-        if stop:
-            request["stop"] = list(stop)
         if schema is not None:
             body = {"name": schema[0], "schema": dict(schema[1]), "strict": True}
             request["response_format"] = {"type": "json_schema", "json_schema": body}
@@ -124,7 +123,8 @@ class RoleModel:
                     return Failure(kind, f"{failure.kind}: {failure}", self.role)
                 self.asked.add(completion)
                 body = {"identity": dict(self.identity), "role": self.role, "draw": draw, "request": request}
-                self.cache.put(key, body | {"completion": vars(completion)})
+                # In a thread: the file is synced to disk, and other answers need not wait for that.
+                await asyncio.to_thread(self.cache.put, key, body | {"completion": vars(completion)})
         if completion.refusal or completion.finish_reason == "content_filter":
             said = completion.refusal or "stopped by the endpoint's content filter"
             return Failure(FailureKind.REFUSED, said, self.role, completion.text[:SHOWN_ANSWER])
@@ -142,12 +142,18 @@ class RoleModel:
     ) -> tuple[Answer, str] | Failure:
         """(the answer as `parse` reads it, its text). A bad answer is asked for again, `attempts` times in all.
 
-        `parse` raises BadAnswer. The attempts of draw d are the draws d x attempts and those that follow.
+        `parse` raises BadAnswer. The attempts of draw d are the draws d x attempts and those that follow. Where the
+        sampling is greedy they are drawn at RETRY_TEMPERATURE: the same words would come again otherwise.
         """
         failure = Failure(FailureKind.UNPARSABLE, "nothing was asked", self.role)
         for attempt in range(attempts):
+            greedy_again = attempt > 0 and self.sampling.temperature == 0
             given = await self.complete(
-                messages, draw=draw * attempts + attempt, schema=schema, json_object=json_object
+                messages,
+                draw=draw * attempts + attempt,
+                schema=schema,
+                json_object=json_object,
+                temperature=RETRY_TEMPERATURE if greedy_again else None,
             )
             if isinstance(given, Failure):
                 failure = given

@@ -69,7 +69,7 @@ class Flaw:
     """One thing that a judge found. `severity` is 1 (minor) to 5 (severe); 0 where the benchmark has no scale."""
 
     type: str
-    severity: int
+    severity: float
     instance: str
 
 

@@ -16,6 +16,7 @@ from her_nemo.config.architecture import (
 )
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
+from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -35,6 +36,7 @@ from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.planning import (
     adapter_checks,
     backend_checks,
+    benchmark_checks,
     data_checks,
     ppo_checks,
     precision_checks,
@@ -68,6 +70,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
     if isinstance(config, EvaluateConfig):
         problems += _evaluation(config)
+    if isinstance(config, CoserConfig):
+        problems += benchmark_checks.coser(config, environment or {})
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):

@@ -16,6 +16,7 @@ GIVEN = {
     "export": ["checkpoint=/run", "out=/hf"],
     "verify": ["a=/hf", "b=/megatron"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
+    "evaluate_coser": ["scenes=/test_set.json"],
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],
     "data_inspect": ["path=/samples.parquet"],

@@ -145,6 +145,7 @@ def test_a_bad_answer_is_asked_again(serve, tmp_path) -> None:
     server = serve(lambda request, number: Reply(texts[number]))
     assert parsed(server, tmp_path, 3) == (7, texts[2])
     assert [request["seed"] for request in server.requests] == [5, 6, 7]
+    assert [request["temperature"] for request in server.requests] == [0.0, 1.0, 1.0]
     assert server.requests[0]["response_format"]["json_schema"]["name"] == "n"
     assert parsed(server, tmp_path, 3) == (7, texts[2])
     assert len(server.requests) == 3, "bad answers are cached too"
