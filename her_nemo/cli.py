@@ -26,6 +26,7 @@ SUMMARIES = {
     "verify": "compare two checkpoints tensor by tensor: her-nemo verify A B",
     "evaluate": "replies from vLLM on held-out prompts, scored",
     "judge": "how well a judge of two replies judges, on held-out pairs",
+    "evaluate_coser": "CoSER's scenes played and judged: her-nemo evaluate benchmark=coser",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
@@ -88,6 +89,10 @@ def _dispatch(words: list[str]) -> int:
         from her_nemo.stages import data
 
         stage, rest = data.parse(rest)
+    if stage == "evaluate":
+        from her_nemo.stages import benchmarks
+
+        stage, rest = benchmarks.parse(rest)
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
@@ -99,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
     processes = _processes(config)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch.run(words, processes)
-    module = importlib.import_module(f"her_nemo.stages.{words[0]}")
+    module = importlib.import_module(f"her_nemo.stages.{stage}")
     return module.run(config) or 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.rl import (
@@ -469,6 +470,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
+    "evaluate_coser": CoserConfig,
     "judge": JudgeConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,

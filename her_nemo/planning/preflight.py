@@ -16,6 +16,7 @@ from her_nemo.config.architecture import (
 )
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
+from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.schema import (
     ConvertConfig,
@@ -36,6 +37,7 @@ from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.planning import (
     adapter_checks,
     backend_checks,
+    benchmark_checks,
     data_checks,
     judge_checks,
     ppo_checks,
@@ -71,6 +73,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
     if isinstance(config, EvaluateConfig | JudgeConfig):
         problems += _evaluation(config)
+    if isinstance(config, CoserConfig):
+        problems += benchmark_checks.coser(config, environment or {})
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):

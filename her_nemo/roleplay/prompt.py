@@ -74,12 +74,14 @@ def build_messages(
     history: Iterable[Utterance],
     layout: Layout = Layout.HER,
     heading: Heading = Heading.EQUALS,
+    mine: Reader = Reader.SELF_LATER,
 ) -> list[Message]:
     """The prompt for `me`'s next turn: system, then user and assistant messages.
 
     Others' turns that follow each other become one user message. Two turns of `me` in a row stay two
     assistant messages. A conversation that `me` opens gets a first user message with the head alone. The
-    history is written in the layout's dialect; names are compared by `same_name`.
+    history is written in the layout's dialect; names are compared by `same_name`. `mine` is how `me` sees his own
+    turns: SELF_NOW keeps them as they were written, plans included.
     """
     content = system.text(layout, heading) if isinstance(system, RolePrompt) else system
     messages: list[Message] = [{"role": "system", "content": content}]
@@ -94,7 +96,8 @@ def build_messages(
 
     for utterance in history:
         if same_name(utterance.speaker, me):
-            text = render_utterance(utterance, Reader.SELF_LATER, layout.dialect)
+            verbatim = mine is Reader.SELF_NOW
+            text = utterance.text if verbatim else render_utterance(utterance, mine, layout.dialect)
             if text:
                 flush()
                 messages.append({"role": "assistant", "content": text})

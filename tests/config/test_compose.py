@@ -17,6 +17,7 @@ GIVEN = {
     "verify": ["a=/hf", "b=/megatron"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
     "judge": ["model=/hf", "prompts=/prompts.jsonl"],
+    "evaluate_coser": ["scenes=/test_set.json"],
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],
     "data_inspect": ["path=/samples.parquet"],

@@ -1,0 +1,43 @@
+"""The keys of `her-nemo evaluate benchmark=roleplay_bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from her_nemo.config.base import knob, required
+from her_nemo.config.evaluation import BenchmarkConfig, ChatModel, ChatSampling, JudgeModel
+
+Form = Literal["her", "her_natural", "her_structured", "coser", "card"]
+
+
+class RoleplayBenchConfig(BenchmarkConfig):
+    """`her-nemo evaluate benchmark=roleplay_bench`: MiniMax's Role-Play Bench."""
+
+    benchmark: Literal["roleplay_bench"] = knob("roleplay_bench", "Which benchmark.")
+    seeds: str | list[str] = required("Seeds of the benchmark: JSON lines or Parquet, one file or several.")
+    num_seeds: Annotated[int, Field(ge=-1)] = knob(-1, "Seeds to take from the head of each file; -1 takes all.")
+    actor: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.7, top_p=0.95, max_tokens=1024, seed=0))
+    user: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.9, top_p=0.95, max_tokens=256, seed=0))
+    judge: JudgeModel = JudgeModel()
+    actor_form: Form = knob(
+        "her",
+        "How the actor is prompted: one of our layouts, or card: a plain card with *actions* for any chat model.",
+    )
+    actor_history: PositiveInt | None = knob(
+        None, "Turns of the dialogue that the actor and the user simulator are shown; null shows all."
+    )
+    user_attempts: PositiveInt = knob(
+        3, "Answers asked of the user simulator before a session counts as failed."
+    )
+    turns: PositiveInt = knob(
+        100, "Turns played after the given ones, the simulator's and the actor's together."
+    )
+    chunk_turns: PositiveInt = knob(20, "Turns that the judge reads at a time.")
+    context_turns: NonNegativeInt = knob(20, "Turns before them that it is shown, not judged.")
+    prompts_dir: str | None = knob(
+        None,
+        "Directory of prompts of your own (docs/evaluation.md); a name that is not there is the packaged one.",
+    )
+    runs: PositiveInt = knob(3, "Sessions a seed, each with draws of its own.")
