@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.chat import ChatConfig
 from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.sections import (
@@ -455,4 +456,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,
+    "chat": ChatConfig,
 }

@@ -14,6 +14,7 @@ from her_nemo.config.architecture import (
     architecture_from_megatron,
     megatron_manifest,
 )
+from her_nemo.config.chat import ChatConfig
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.schema import (
@@ -35,6 +36,7 @@ from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.planning import (
     adapter_checks,
     backend_checks,
+    chat_checks,
     data_checks,
     ppo_checks,
     precision_checks,
@@ -68,6 +70,9 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
     if isinstance(config, EvaluateConfig):
         problems += _evaluation(config)
+    if isinstance(config, ChatConfig):
+        shape, found = ({}, []) if config.checkpoint is None else _source("checkpoint", config.checkpoint)
+        problems += [*found, *chat_checks.check(config, shape, environment or {})]
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):
