@@ -31,6 +31,7 @@ SUMMARIES = {
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
     "data_judge": "preference pairs -> a judge's prompts, both orders, balanced",
+    "chat": "talk to a model in a scene (--web: in the browser), and keep it as data",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 
@@ -96,6 +97,8 @@ def _dispatch(words: list[str]) -> int:
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
+    if stage == "chat":
+        rest = ["web=true" if word == "--web" else word for word in rest]
     if stage == "verify":
         rest = _named(rest, ("a", "b"))
     config = _checked(stage, rest)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.chat import ChatConfig
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
@@ -476,4 +477,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,
     "data_judge": JudgePromptsConfig,
+    "chat": ChatConfig,
 }

@@ -14,6 +14,7 @@ from her_nemo.config.architecture import (
     architecture_from_megatron,
     megatron_manifest,
 )
+from her_nemo.config.chat import ChatConfig
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.evaluation import CoserConfig
@@ -38,6 +39,7 @@ from her_nemo.planning import (
     adapter_checks,
     backend_checks,
     benchmark_checks,
+    chat_checks,
     data_checks,
     judge_checks,
     ppo_checks,
@@ -75,6 +77,9 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _evaluation(config)
     if isinstance(config, CoserConfig):
         problems += benchmark_checks.coser(config, environment or {})
+    if isinstance(config, ChatConfig):
+        shape, found = ({}, []) if config.checkpoint is None else _source("checkpoint", config.checkpoint)
+        problems += [*found, *chat_checks.check(config, shape, environment or {})]
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):

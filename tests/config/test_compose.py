@@ -21,6 +21,7 @@ GIVEN = {
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],
     "data_inspect": ["path=/samples.parquet"],
+    "chat": ["endpoint=http://localhost/v1"],
     "data_synthesise": ["stage=all", "source=/in.jsonl", "out=/out", "endpoint=http://localhost/v1", "model=m"],
     "data_judge": ["source=/pairs.jsonl", "out=/out"],
 }
