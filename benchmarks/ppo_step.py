@@ -5,7 +5,7 @@
 TRL (1.16) has no PPO with a critic any more; GRPO is what it offers well, so GRPO is compared, and our PPO with a
 critic is shown beside it for where its time goes. A step is one rollout and its updates, everything in it included:
 what is reported of the replies, too, of which we report more. Sides take turns, `--rounds` times; medians over all
-steps but the first of each turn.
+steps but the first of each turn, by the clock and by processor time, which other work on the machine hardly touches.
 
 Equal: model (random weights, read from one directory), prompts and their token ids (compared), replies of exactly
 `--tokens` tokens (minimum = maximum, the end token banned), sampling from the whole distribution at temperature 1, the
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # What our side is run as: name -> overrides of the GRPO job.
-VARIANTS: dict[str, list[str]] = {"ours": []}
+VARIANTS: dict[str, list[str]] = {"ours": [], "ours, prompts shared": ["model.ppo.share_prompts=true"]}
 CRITIC = "ours, PPO with critic"
 TRL = "TRL GRPO"
 PARTS = ("generate", "score", "policy", "reference", "values", "critic", "actor")
@@ -172,7 +172,7 @@ def our_side(side: str, job: dict[str, Any], out: Path) -> int:
     from her_nemo.training.logging import METRICS_FILE, series
 
     torch.set_num_threads(job["threads"])
-    seen: dict[str, list[Any]] = {"parts": [], "prompts": [], "tokens": []}
+    seen: dict[str, list[Any]] = {"begun": [], "parts": [], "prompts": [], "tokens": []}
     measure(seen)
     run_dir = out.with_suffix("")
     code = cli.main(["ppo", *overrides(job, run_dir), *algorithm(side, job)])
@@ -181,9 +181,12 @@ def our_side(side: str, job: dict[str, Any], out: Path) -> int:
     curves = series(run_dir / METRICS_FILE)
     timers = {tag.removeprefix("timers/"): dict(points) for tag, points in curves.items() if "timers/" in tag}
     steps = [
-        {name: timers[name][number] for name in ("step", "generate", "score", "critic", "actor") if name in timers}
+        {"step": end[0] - begin[0], "processor": end[1] - begin[1]}
+        | {name: timers[name][number] for name in ("generate", "score", "critic", "actor") if name in timers}
         | parts
-        for number, parts in enumerate(seen["parts"], start=1)
+        for number, (begin, end, parts) in enumerate(
+            zip(seen["begun"], seen["begun"][1:], seen["parts"], strict=False), start=1
+        )
     ]
     packages = ("torch", "megatron-core", "transformers", "numpy")
     found = {
@@ -199,13 +202,18 @@ def our_side(side: str, job: dict[str, Any], out: Path) -> int:
 
 
 def measure(seen: dict[str, list[Any]]) -> None:
-    """Clocks on the forwards of `evaluate_policy`, and a record of each rollout's prompts and number of tokens."""
+    """Clocks on the forwards of `evaluate_policy`, the beginnings of rollouts (and the end of the last step), and a
+    record of each rollout's prompts and number of tokens."""
     from her_nemo.megatron import forward
     from her_nemo.rollout import experience
     from her_nemo.rollout.megatron_engine import MegatronEngine
+    from her_nemo.training.run import Run
 
     running: list[str] = []
-    evaluated, generated = experience.evaluate_policy, MegatronEngine.generate
+    evaluated, generated, saved = experience.evaluate_policy, MegatronEngine.generate, Run.save
+
+    def mark() -> None:
+        seen["begun"].append((time.perf_counter(), time.process_time()))
 
     @wraps(evaluated)
     def evaluate_policy(*args: Any, **kwargs: Any) -> None:
@@ -231,11 +239,18 @@ def measure(seen: dict[str, list[Any]]) -> None:
 
     @wraps(generated)
     def generate(self: MegatronEngine, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        mark()
         rollout = generated(self, prompts, *args, **kwargs)
         seen["prompts"].append(prompts)
         seen["tokens"].append(rollout.response_tokens)
         return rollout
 
+    @wraps(saved)
+    def save(self: Run, step: int) -> None:
+        mark()  # the last step asks for a checkpoint, which save_top_k=0 declines
+        saved(self, step)
+
+    Run.save = save
     experience.evaluate_policy = evaluate_policy
     MegatronEngine.generate = generate
     for part, name in (("policy", "outputs"), ("reference", "log_probs"), ("values", "values")):
@@ -258,13 +273,15 @@ def compare(options: argparse.Namespace, job: dict[str, Any], scratch: Path) -> 
         for number, (side, command) in enumerate(sides.items()):
             print(f"round {turn + 1} of {options.rounds}: {side}", flush=True)
             runs[side].append(once([*command, str(scratch / f"{turn}_{number}.json")], job["threads"]))
+            taken = runs[side][-1]["steps"]
+            print("  " + ", ".join(f"{step['step']:.2f} s ({step['processor']:.2f})" for step in taken), flush=True)
     check_equal(job, runs)
     job = {key: value for key, value in job.items() if key not in ("prompts", "model", "reward")}
     figures = {side: medians(job, turns) for side, turns in runs.items()}
     if TRL in figures:
-        base = figures[TRL]["samples_per_second"]
         for figure in figures.values():
-            figure["over_trl"] = figure["samples_per_second"] / base
+            for name in ("samples_per_second", "samples_per_processor_second"):
+                figure[f"{name}_over_trl"] = figure[name] / figures[TRL][name]
     return {"job": job, "machine": machine(), "sides": figures}
 
 
@@ -298,7 +315,7 @@ def check_equal(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> N
 def medians(job: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median seconds of a step and of its parts, over the steps after the first of each turn."""
     steps = [step for turn in turns for step in turn["steps"][1:]]
-    whole = statistics.median(step["step"] for step in steps)
+    whole, processor = (statistics.median(step[name] for step in steps) for name in ("step", "processor"))
     parts = {
         part: statistics.median(step[part] for step in steps) for part in PARTS if all(part in step for step in steps)
     }
@@ -307,7 +324,9 @@ def medians(job: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, A
     parts["rest" if "actor" in parts else "actor"] = statistics.median(left)
     found = {
         "samples_per_second": job["samples"] / whole,
+        "samples_per_processor_second": job["samples"] / processor,
         "step_seconds": whole,
+        "step_processor_seconds": processor,
         "steps_measured": [round(step["step"], 3) for step in steps],
         "parts_seconds": parts,
         "prompt_tokens": [sum(map(len, prompts)) for prompts in turns[0]["prompts"]],
@@ -330,8 +349,13 @@ def show(found: dict[str, Any]) -> None:
         if any(cell is not None for cell in cells):
             print(f"{label:{width}}" + "".join(f"  {'' if c is None else f'{c:.2f}':>22}" for c in cells))
     for label, key, style in (
-        ("step", "step_seconds", ".2f"), ("samples/s", "samples_per_second", ".2f"), ("over TRL", "over_trl", ".2f")
-    ):  # fmt: skip
+        ("step, by the clock", "step_seconds", ".2f"),
+        ("step, processor", "step_processor_seconds", ".2f"),
+        ("samples/s", "samples_per_second", ".2f"),
+        ("  over TRL", "samples_per_second_over_trl", ".2f"),
+        ("samples/processor s", "samples_per_processor_second", ".2f"),
+        ("  over TRL", "samples_per_processor_second_over_trl", ".2f"),
+    ):
         cells = [figure.get(key) for figure in sides.values()]
         if any(cell is not None for cell in cells):
             print(f"{label:{width}}" + "".join(f"  {'' if c is None else format(c, style):>22}" for c in cells))

@@ -29,7 +29,7 @@ class Clock:
     """Seconds of each part of each step, and what was generated."""
 
     def __init__(self) -> None:
-        self.begun: list[float] = []
+        self.begun: list[tuple[float, float]] = []  # by the clock and by processor time
         self.parts: list[dict[str, float]] = []
         self.prompts: list[list[list[int]]] = []
         self.tokens: list[int] = []
@@ -49,10 +49,13 @@ class Clock:
 
         return run
 
-    def steps(self, end: float) -> list[dict[str, float]]:
-        bounds = [*self.begun, end]
+    def mark(self) -> None:
+        self.begun.append((time.perf_counter(), time.process_time()))
+
+    def steps(self) -> list[dict[str, float]]:
+        pairs = zip(self.begun, self.begun[1:], self.parts, strict=False)
         return [
-            {"step": bounds[at + 1] - bounds[at], **parts} for at, parts in enumerate(self.parts)
+            {"step": end[0] - begin[0], "processor": end[1] - begin[1], **parts} for begin, end, parts in pairs
         ]
 
 
@@ -71,10 +74,10 @@ def main() -> int:
         )
         measure(trainer, clock)
         trainer.train()
-        ended = time.perf_counter()
+        clock.mark()
     packages = ("trl", "transformers", "torch", "accelerate", "datasets", "numpy")
     found = {
-        "steps": clock.steps(ended),
+        "steps": clock.steps(),
         "prompts": clock.prompts,
         "tokens": clock.tokens,
         "threads": torch.get_num_threads(),
@@ -163,7 +166,7 @@ def measure(trainer: GRPOTrainer, clock: Clock) -> None:
 
     @wraps(scored)
     def begin(inputs: Any) -> Any:
-        clock.begun.append(time.perf_counter())
+        clock.mark()
         clock.parts.append({})
         return scored(inputs)
 
