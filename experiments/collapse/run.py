@@ -30,6 +30,7 @@ COMMON = [
     "model.encoder_seq_length=384",
     "model.ppo.num_rollout_samples=48",
     "model.ppo.num_samples_per_prompt=8",
+    "model.ppo.share_prompts=true",
     "model.ppo.rollout_micro_batch_size=24",
     "model.ppo.forward_micro_batch_size=8",
     "model.ppo.length_params.max_length=112",
@@ -80,7 +81,7 @@ def inputs(demo: Path) -> tuple[Path, Path, Path]:
 
 
 def command(options: argparse.Namespace, arm: str, out: Path) -> list[str]:
-    """`her-nemo ppo` of one arm. The checkpoint at its end is all that is saved."""
+    """`her-nemo ppo` of one arm. An arm that was cut off goes on from its last checkpoint."""
     prompts, sft, reward = inputs(options.demo)
     return [
         sys.executable, "-m", "her_nemo", "ppo", *COMMON, *ARMS[arm],
@@ -88,10 +89,9 @@ def command(options: argparse.Namespace, arm: str, out: Path) -> list[str]:
         f"pretrained_checkpoint.restore_from_path={sft}",
         f"reward.restore_from_path={reward}",
         f"exp_manager.explicit_log_dir={out}",
-        "exp_manager.resume_if_exists=false",
         f"model.seed={options.seed}",
         f"trainer.ppo.max_steps={options.steps}",
-        f"trainer.ppo.save_interval={options.steps}",
+        "trainer.ppo.save_interval=10",
     ]  # fmt: skip
 
 
