@@ -321,7 +321,8 @@ def _shared_outputs(
     temperature: float,
 ) -> TokenOutputs:
     """The same of a packed row whose prompts are shared: outputs of reply tokens, 0 at all others."""
-    raw = shared.select(raw)
+    if model.config.sequence_parallel:
+        raw = raw.index_select(1, shared.source_L)
     rows, length = tokens.shape
     if model.head == "scalar":
         return TokenOutputs(values_BS=shared.spread(raw[..., 0], rows, length))

@@ -70,7 +70,7 @@ class SharedPrompts(PackedSeqParams):
     @contextmanager
     def on(self, module: GPTModel) -> Iterator[None]:
         """While a forward of `module` runs on the packed row: rotary positions as in the rows of their own, and the
-        head on the predictions alone (under sequence parallelism `select` does that afterwards)."""
+        head on the predictions alone. Not so under sequence parallelism, where the head itself gathers the row."""
         positions, source = self.positions_N, self.source_L
         hooks = [module.rotary_pos_emb.register_forward_hook(lambda _m, _a, table: table.index_select(0, positions))]
         if module.post_process and not module.config.sequence_parallel:
@@ -84,11 +84,6 @@ class SharedPrompts(PackedSeqParams):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def select(self, raw: torch.Tensor) -> torch.Tensor:
-        """What the head gave, [1, N or L, V] -> [1, L, V]."""
-        assert self.source_L is not None
-        return raw if raw.shape[1] == len(self.source_L) else raw.index_select(1, self.source_L)
 
     def spread(self, found_1L: torch.Tensor, rows: int, length: int) -> torch.Tensor:
         """A number a prediction -> [rows, length], 0 where nothing was predicted."""
