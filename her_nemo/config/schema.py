@@ -175,6 +175,9 @@ class PpoParams(Section):
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
+    share_prompts: bool = knob(
+        False, "Compute a prompt once for all replies to it, in rollouts, log-probs and updates: docs/rl.md."
+    )
     rollout_engine: Literal["megatron", "vllm"] = knob(
         "megatron", "Who generates: the trainer's own model, or vLLM servers that its weights are sent to."
     )

@@ -69,6 +69,15 @@ class Decoder:
             return None
         return output[:, -1].float()
 
+    def repeat(self, rows_B: torch.Tensor) -> None:
+        """Go on with other rows: row i with what row `rows_B[i]` has been fed so far."""
+        self._batch = len(rows_B)
+        self._valid_BK = self._valid_BK.index_select(0, rows_B)
+        self._context.max_batch_size = self._batch
+        held = self._context.key_value_memory_dict
+        for layer, (keys, values) in held.items():
+            held[layer] = keys.index_select(1, rows_B), values.index_select(1, rows_B)
+
     def _mask(self, start: int, length: int) -> torch.Tensor:
         """[B, 1, S, K] in Megatron's sense: True is hidden. A padding row sees itself, or softmax is empty."""
         end = start + length

@@ -237,7 +237,11 @@ def generate(
     rollout = engine.generate(asked, sampling, seed, indices=places)
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
-        rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
+        rollout,
+        kinds,
+        pad_id=tokeniser.pad_id,
+        length=cfg.trainer.ppo.rollout_batch_seq_length,
+        shared_by=samples if cfg.model.ppo.share_prompts else None,
     )
     replies = Replies(
         prompts=[tokeniser.decode(ids, skip_special_tokens=False) for ids in rollout.prompt_ids],

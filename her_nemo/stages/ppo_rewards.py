@@ -24,7 +24,7 @@ def build_reward(cfg: PpoConfig, reward_model: Model | None, generative: Reward 
     if reward_model is not None:
         parts["scalar"] = (
             reward.mix.scalar,
-            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size),
+            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size, cfg.model.ppo.share_prompts),
         )
     if generative is not None:
         parts["generative"] = (reward.mix.generative, generative)
