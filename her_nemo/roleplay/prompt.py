@@ -29,6 +29,7 @@ __all__ = [
     "Message",
     "RolePrompt",
     "Utterance",
+    "add_utterance",
     "build_messages",
     "drop_oldest_turns",
     "render_utterance",
@@ -83,27 +84,40 @@ def build_messages(
     """
     content = system.text(layout, heading) if isinstance(system, RolePrompt) else system
     messages: list[Message] = [{"role": "system", "content": content}]
-    heard: list[str] = []
-
-    def flush() -> None:
-        first = len(messages) == 1
-        if heard or first:
-            head = CONVERSATION_START if first else ""
-            messages.append({"role": "user", "content": head + "\n\n".join(heard)})
-            heard.clear()
-
     for utterance in history:
-        if same_name(utterance.speaker, me):
-            text = render_utterance(utterance, Reader.SELF_LATER, layout.dialect)
-            if text:
-                flush()
-                messages.append({"role": "assistant", "content": text})
-        else:
-            text = render_utterance(utterance, Reader.OTHER_CHARACTER, layout.dialect)
-            if text:
-                heard.append(text)
-    flush()
+        add_utterance(messages, me, utterance, layout)
+    if len(messages) == 1:
+        messages.append({"role": "user", "content": CONVERSATION_START})
     return messages
+
+
+def add_utterance(
+    messages: list[Message], me: str, utterance: Utterance, layout: Layout = Layout.HER
+) -> bool:
+    """Append one turn to a prompt of `me`, as `build_messages` would have. Returns whether `me` sees anything of it;
+    if not, the prompt stays as it is.
+
+    `messages` begins with a system or a user message. What others say after another user message becomes part of it.
+    """
+    mine = same_name(utterance.speaker, me)
+    reader = Reader.SELF_LATER if mine else Reader.OTHER_CHARACTER
+    text = render_utterance(utterance, reader, layout.dialect)
+    if not text:
+        return False
+    opened = messages[-1]["role"] != "system"
+    if mine:
+        if not opened:
+            messages.append({"role": "user", "content": CONVERSATION_START})
+        messages.append({"role": "assistant", "content": text})
+    elif not opened:
+        messages.append({"role": "user", "content": CONVERSATION_START + text})
+    elif messages[-1]["role"] == "user":
+        before = messages[-1]["content"]
+        only_head = before.strip() == CONVERSATION_START.strip()
+        messages[-1] = {"role": "user", "content": (CONVERSATION_START if only_head else before + "\n\n") + text}
+    else:
+        messages.append({"role": "user", "content": text})
+    return True
 
 
 def drop_oldest_turns(messages: Sequence[Message], count: int) -> list[Message] | None:
