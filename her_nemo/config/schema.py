@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.rl import Dialogue, Diversity, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -172,6 +172,12 @@ class PpoParams(Section):
         False, "With vllm: generate the next rollout while this one trains, from weights one update older."
     )
     vllm: VllmRollout = VllmRollout()
+    dialogue: Dialogue = Dialogue()
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a PPO step, over all ranks."""
+        return self.num_rollout_samples // (self.num_samples_per_prompt * self.dialogue.turns)
 
 
 class PpoModel(ModelConfig):
