@@ -132,3 +132,47 @@ class Diversity(Section):
     def rewarded(self) -> bool:
         """Whether differing is part of the reward."""
         return self.pattern_weight > 0 or self.text_weight > 0
+
+
+class DialogueSimulator(Section):
+    """`model.ppo.dialogue.simulator.*`: who plays the other character."""
+
+    kind: Literal["script", "openai"] = knob(
+        "script", "script: the lines of dialogue.scenes; openai: a model behind an OpenAI-compatible server (vLLM)."
+    )
+    servers: list[str] = knob(
+        [], "openai: base URLs, as http://HOST:8000/v1; conversations are dealt out over them, and moved if one dies."
+    )
+    model: str | None = knob(None, "openai: the model's name at the servers.")
+    api_key_env: str | None = knob(None, "openai: environment variable that holds the key; null sends none.")
+    temperature: NonNegativeFloat = knob(1.0, "openai: softmax temperature of its turns; 0 is greedy.")
+    max_tokens: PositiveInt = knob(
+        256, "Longest turn of the simulator, tokens; a longer one is cut."
+    )
+    attempts: PositiveInt = knob(
+        3, "openai: times a turn is asked for before one without speech and action stands as a silence."
+    )
+    concurrency: PositiveInt = knob(64, "openai: requests under way at a time at each server, by each replica.")
+    timeout_seconds: PositiveFloat = knob(120.0, "openai: longest wait for one turn.")
+    retries: NonNegativeInt = knob(3, "openai: retries of a request before its server counts as lost.")
+
+
+class Dialogue(Section):
+    """`model.ppo.dialogue.*`: conversations with a simulator in place of single replies (docs/rollouts.md)."""
+
+    turns: PositiveInt = knob(1, "Turns of the policy in each conversation, each a sample; 1: no simulator.")
+    credit: Literal["conversation", "last", "to_go", "turn"] = knob(
+        "conversation",
+        "What a turn's reward is: conversation: the mean score of all its turns; last: the score of the last one; "
+        "to_go: its own and later ones, discounted; turn: its own.",
+    )
+    discount: Annotated[float, Field(ge=0.0, le=1.0)] = knob(1.0, "credit=to_go: discount of later scores, per turn.")
+    scenes: list[str] = knob(
+        [], "JSON lines by trace_id: who the simulator plays and what it is told or says; empty: from the prompts."
+    )
+    simulator: DialogueSimulator = DialogueSimulator()
+
+    @property
+    def on(self) -> bool:
+        """Whether conversations are generated."""
+        return self.turns > 1

@@ -14,6 +14,7 @@ from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.rl import (
+    Dialogue,
     Diversity,
     Generative,
     ImportanceSampling,
@@ -185,6 +186,12 @@ class PpoParams(Section):
         False, "With vllm: generate the next rollout while this one trains, from weights one update older."
     )
     vllm: VllmRollout = VllmRollout()
+    dialogue: Dialogue = Dialogue()
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a PPO step, over all ranks."""
+        return self.num_rollout_samples // (self.num_samples_per_prompt * self.dialogue.turns)
 
 
 class PpoModel(ModelConfig):

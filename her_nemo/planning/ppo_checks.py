@@ -25,9 +25,13 @@ def _groups(config: PpoConfig, replicas: int) -> Iterator[Problem]:
         config.model.ppo.num_rollout_samples,
         config.model.global_batch_size,
     )
+    turns, whole = config.model.ppo.dialogue.turns, group * replicas
+    if turns > 1 and samples % (turns * whole):
+        product = f"model.ppo.dialogue.turns {turns} x {GROUP} {group} x data-parallel size {replicas}"
+        hint = f"use {ROLLOUTS}={-(-samples // (turns * whole)) * turns * whole}"
+        yield Problem(ROLLOUTS, f"{samples} is not a multiple of {product} = {turns * whole}", hint=hint)
     if group > 1:
-        whole = group * replicas
-        for key, count in ((ROLLOUTS, samples), ("model.global_batch_size", batch)):
+        for key, count in ((ROLLOUTS, samples if turns == 1 else 0), ("model.global_batch_size", batch)):
             if count % whole:
                 text = f"{count} is not a multiple of {GROUP} {group} x data-parallel size {replicas} = {whole}"
                 yield Problem(key, text, hint=f"use {key}={-(-count // whole) * whole}")

@@ -34,7 +34,9 @@ class Replies:
         prompt_ids, reply_ids: the same as token ids, the reply's <|im_end|> included where one was drawn.
         finished: False where the reply was cut at its longest.
         tokens_BS, lengths_B: prompt and reply in one row, padded right, and their lengths, for a model to read.
-        group_size: replies to one prompt, which follow each other.
+        group_size: replies to one prompt, which follow each other. In conversations: the same turn of conversations
+            from one start.
+        turns: turns of a conversation; rows come by start, then turn, then conversation.
         trace_ids: the names of the prompts' rows, for a reward that knows something of them.
     """
 
@@ -47,6 +49,7 @@ class Replies:
     lengths_B: torch.Tensor
     group_size: int = 1
     trace_ids: Sequence[str] = ()
+    turns: int = 1
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from her_nemo.config.schema import PpoConfig
 from her_nemo.data.judge_rows import read_labels
 from her_nemo.megatron.qwen3 import Model
+from her_nemo.rewards.credit import TurnCredit
 from her_nemo.rewards.diversity import DiversityReward
 from her_nemo.rewards.reward import Mix, Reward
 from her_nemo.rewards.reward_model import ScalarReward
@@ -46,3 +47,9 @@ def with_diversity(cfg: PpoConfig, reward: Reward) -> Reward:
         return reward
     novelty = DiversityReward(diversity.pattern_weight, diversity.text_weight)
     return Mix({"quality": (1.0, reward), "diversity": (1.0, novelty)})
+
+
+def with_credit(cfg: PpoConfig, reward: Reward) -> Reward:
+    """The reward as each turn of a conversation gets it; as it is, where there are none."""
+    dialogue = cfg.model.ppo.dialogue
+    return TurnCredit(reward, dialogue.credit, dialogue.discount) if dialogue.on else reward
