@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from her_nemo.roleplay.layouts import read_prompt
 from her_nemo.roleplay.principles import Dimension, Level, Principle
-from her_nemo.roleplay.prompt import CONTROL_TOKENS, Message
+from her_nemo.roleplay.prompt import CONTROL_TOKENS, CONVERSATION_START, Message
 from her_nemo.roleplay.verdict import Winner
 from her_nemo.roleplay.views import Reader, view
 
@@ -69,10 +69,12 @@ def context_of(messages: Sequence[Message]) -> str:
     parts = []
     for message in messages:
         if message["role"] == "system":
-            parts.append(_without_requirements(message["content"]))
-        else:
-            parts.append(view(message["content"], Reader.JUDGE_GRM).strip())
-    return "\n\n".join(_without_control_tokens(part) for part in parts if part)
+            parts.append(_without_control_tokens(_without_requirements(message["content"])))
+            continue
+        said = message["content"].removeprefix(CONVERSATION_START)
+        head = [CONVERSATION_START.strip()] if said != message["content"] else []
+        parts += [*head, candidate(said)]  # an earlier reply must forge nothing either
+    return "\n\n".join(part for part in parts if part)
 
 
 def judge_messages(

@@ -50,5 +50,5 @@ def test_right_wrong_tied_and_unreadable() -> None:
 def test_a_prompt_without_a_label_is_an_error() -> None:
     with pytest.raises(KeyError):
         VerdictReward({}, correct=1.0, valid=0.0)(replies(["a"], ["x"]))
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         VerdictReward({}, correct=1.0, valid=0.0)(replies([], ["x"]))
