@@ -122,7 +122,8 @@ def longer(body: dict, number: int) -> Reply:
 
 
 def of_servers(*servers: ScriptedEndpoint, **changes: object) -> dict[str, object]:
-    return {f"{JUDGE}.servers": f"[{','.join(server.url for server in servers)}]", f"{JUDGE}.model": "grm"} | changes
+    listed = ",".join(f"'{server.url}'" for server in servers)
+    return {f"{JUDGE}.servers": f"[{listed}]", f"{JUDGE}.model": "grm"} | changes
 
 
 def test_servers_judge_alike_on_one_replica_and_on_two(place: Place, stage: Stage, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_verdicts_with_and_without_the_schema(place: Place, url: str, model: Pat
 def test_a_run_is_judged(place: Place, url: str, stage: Callable[..., None], tmp_path: Path) -> None:
     given = {
         "algorithm": "her", "model.ppo.num_samples_per_prompt": 4, "reward.kind": "mix", "reward.mix.scalar": 0.0,
-        "reward.mix.generative": 1.0, f"{JUDGE}.servers": f"[{url}]", f"{JUDGE}.model": "grm", f"{JUDGE}.brief": True,
+        "reward.mix.generative": 1.0, f"{JUDGE}.servers": f"['{url}']", f"{JUDGE}.model": "grm", f"{JUDGE}.brief": True,
         f"{JUDGE}.max_tokens": 160, "trainer.ppo.max_steps": 2,
     }  # fmt: skip
     stage("ppo", *overrides(place, tmp_path, **given), "trainer.devices=2")
