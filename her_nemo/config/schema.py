@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.precision import Fp8Keys
 from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -454,6 +455,8 @@ STAGES: dict[str, type[StageConfig]] = {
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
     "evaluate_coser": CoserConfig,
+    "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_compare": CompareConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,

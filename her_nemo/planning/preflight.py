@@ -17,6 +17,7 @@ from her_nemo.config.architecture import (
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.evaluation import CoserConfig
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -40,6 +41,7 @@ from her_nemo.planning import (
     data_checks,
     ppo_checks,
     precision_checks,
+    roleplay_bench_checks,
     rollout_checks,
 )
 from her_nemo.roleplay.kinds import Kind
@@ -72,6 +74,10 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += _evaluation(config)
     if isinstance(config, CoserConfig):
         problems += benchmark_checks.coser(config, environment or {})
+    if isinstance(config, RoleplayBenchConfig):
+        problems += roleplay_bench_checks.bench(config, environment or {})
+    if isinstance(config, CompareConfig):
+        problems += roleplay_bench_checks.comparison(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):
