@@ -26,10 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Two scenes that differ in name only."""
-    return coser_script.write_scenes(
-        tmp_path / "scenes.json", coser_script.scene(), coser_script.scene(i_c=2)
-    )
+    """Two scenes that differ in the time of day."""
+    second = coser_script.scene(i_c=2, scenario="A hall at noon.")
+    return coser_script.write_scenes(tmp_path / "scenes.json", coser_script.scene(), second)
 
 
 def config(server: ScriptedEndpoint, scenes: Path, out: Path, **keys: Any) -> CoserConfig:
