@@ -569,3 +569,58 @@ def test_a_killed_run_goes_on_where_it_was(serve, tmp_path: Path) -> None:
     whole, _ = run_bench(config(server, tmp_path, out=str(tmp_path / "other")))
     assert (results.metrics, results.judgements) == (whole.metrics, whole.judgements)
     assert len(answered) == 56 + 56
+
+
+# ---------------------------------------------------------------- the doors
+
+
+def test_from_the_command_line_to_the_page(serve, her_nemo, tmp_path: Path) -> None:
+    def script(request: dict, number: int) -> Reply:
+        if role_of(request) == "worlds":
+            return Reply(answer(named("wrong_fact", [3], 5)))
+        return scripted(request, number)
+
+    server = serve(script)
+    seeds = write_seeds(tmp_path / "seeds.jsonl", SEED)
+    asked = [
+        word
+        for role in ("actor", "user", "judge")
+        for word in (f"{role}.endpoint={server.url}", f"{role}.model=m")
+    ]
+    for out in ("one", "two"):
+        done = her_nemo(
+            "evaluate",
+            "benchmark=roleplay_bench",
+            f"seeds={seeds}",
+            f"out={out}",
+            "turns=2",
+            "runs=1",
+            *asked,
+        )
+        assert done.returncode == 0, done.stderr
+    results, scenes = read_results(tmp_path / "two")
+    assert (len(scenes), results.scenes, results.valid) == (1, 1, True)
+    # One turn of the character: Knowledge and Interaction are gone, so overall is 0.5 x 200 / 3 + 0.25 x 100 + 0.
+    assert scenes[0].scores["overall"] == pytest.approx(100 / 3 + 25)
+    assert f"-> {Path('two') / 'results.json'}" in done.stdout
+    done = her_nemo("evaluate", "compare", "one", "two", "out=page.html", "labels=[before,after]")
+    assert done.returncode == 0, done.stderr
+    assert "before" in done.stdout
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "after − before" in page
+    refused = her_nemo("evaluate", "compare", "one", "nowhere")
+    assert refused.returncode == 2
+    assert "nowhere: has no results.json" in refused.stderr
+
+
+def test_what_is_missing_is_said_at_once(her_nemo, tmp_path: Path) -> None:
+    done = her_nemo("evaluate", "benchmark=roleplay_bench", "seeds=none.jsonl", "prompts_dir=none")
+    assert done.returncode == 2
+    for said in (
+        "none.jsonl: no such file",
+        "none: no such directory",
+        "actor.endpoint",
+        "user.endpoint",
+        "judge.endpoint",
+    ):
+        assert said in done.stderr, said
