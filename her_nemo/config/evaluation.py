@@ -110,6 +110,10 @@ class CoserConfig(BenchmarkConfig):
     )
     max_rounds: PositiveInt = knob(20, "Messages of a dialogue at most, the given ones included.")
     continue_from: NonNegativeInt = knob(0, "Messages taken from the data before the actor goes on.")
+    retrieval: Literal["none", "raw_text", "expr1", "expr3", "conv1", "expr3_conv1", "expr10_conv1"] = knob(
+        "none", "What actors are reminded of: the book's text, past experience, conversations (how many of each)."
+    )
+    books: str | None = knob(None, "With retrieval: the directory of CoSER's BOOK.json files.")
     prompts_dir: str | None = knob(None, "Directory of prompt files to use before the packaged ones.")
     actor: ChatModel = ChatModel()
     judge: JudgeModel = JudgeModel()

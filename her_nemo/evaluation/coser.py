@@ -28,6 +28,7 @@ from her_nemo.evaluation.results import (
     versions,
     write_results,
 )
+from her_nemo.evaluation.retrieval import Library
 from her_nemo.evaluation.servers import Identities, instead
 from her_nemo.roleplay.layouts import Layout
 
@@ -96,6 +97,7 @@ def _stage(cfg: CoserConfig, models: Mapping[str, RoleModel]) -> tuple[Play, Ben
         max_rounds=cfg.max_rounds,
         continue_from=cfg.continue_from,
         seed=cfg.seed,
+        library=_library(cfg),
     )
     bench = Bench(
         protocol=protocol,
@@ -105,6 +107,12 @@ def _stage(cfg: CoserConfig, models: Mapping[str, RoleModel]) -> tuple[Play, Ben
         structured_output=cfg.judge.structured_output,
     )
     return play, bench
+
+
+def _library(cfg: CoserConfig) -> Library | None:
+    if cfg.retrieval == "none" or cfg.books is None:
+        return None
+    return Library(cfg.books, cfg.retrieval, held_out=PROTOCOLS[cfg.protocol].held_out_found)
 
 
 async def play_and_judge(scene: CoserScene, run: int, play: Play, bench: Bench) -> Scene:
@@ -182,6 +190,7 @@ def _settings(cfg: CoserConfig, play: Play, models: Mapping[str, RoleModel]) -> 
         "layout": play.layout.value,
         "max_rounds": cfg.max_rounds,
         "continue_from": cfg.continue_from,
+        "retrieval": cfg.retrieval,
         "seed": cfg.seed,
         "sampling": {role: model.sampling.model_dump() for role, model in models.items()},
         "judge_attempts": cfg.judge.attempts,

@@ -48,6 +48,8 @@ class Protocol:
         brief: actors are asked for at most 60 words.
         reading: how a next speaker is read from an answer.
         severities: how flaws are counted.
+        held_out_found: with retrieval, plots that are for testing may be found, the scene's own among them, and a
+            character that the book does not know reads the placeholder of the passages.
         overlap: what BLEU and ROUGE-L compare; "judged" is the texts as the judge sees them, "raw_reference" takes
             the reference as it is in the data, "spoken" is both without names.
     """
@@ -67,6 +69,7 @@ class Protocol:
     reading: Literal["last_field", "anywhere", "exact"]
     severities: Literal["integers_or_one", "numbers", "strict"]
     overlap: Literal["judged", "raw_reference", "spoken"]
+    held_out_found: bool
     notes: tuple[str, ...]
 
 
@@ -86,6 +89,7 @@ _UPSTREAM = Protocol(
     reading="last_field",
     severities="integers_or_one",
     overlap="judged",
+    held_out_found=True,
     notes=(
         "thoughts are taken out of both dialogues before the judge sees them",
         "simulated messages have a name before them only where the model wrote it, those of the book always",
@@ -93,6 +97,7 @@ _UPSTREAM = Protocol(
         "messages, and may be put into the wrong mouth",
         "the judge's criteria hold {major_characters} unfilled",
         "a flaw without severity counts 1, one whose severity is no whole number counts 0",
+        "with retrieval the scene's own plot is among what can be found",
     ),
 )
 _HER = Protocol(
@@ -111,6 +116,7 @@ _HER = Protocol(
     reading="anywhere",
     severities="numbers",
     overlap="raw_reference",
+    held_out_found=False,
     notes=(
         "the judge sees role thoughts, as [..], in both dialogues; plans are taken out",
         "actors see their own earlier plans",
@@ -137,6 +143,7 @@ _FIXED = Protocol(
     reading="exact",
     severities="strict",
     overlap="spoken",
+    held_out_found=False,
     notes=(
         "thoughts are taken out of both dialogues before the judge sees them",
         "every message has its speaker's name before it",

@@ -53,6 +53,7 @@ class CoserScene:
     dialogue: tuple[Given, ...]
     dialect: Dialect
     tag: str = ""
+    plot: int | None = None  # its place in the book
 
     @property
     def title(self) -> str:
@@ -117,6 +118,7 @@ def _scene(row: Mapping[str, Any], dialect: str) -> CoserScene:
         dialogue=dialogue,
         dialect=_dialect(dialogue, dialect),
         tag=_text(row.get("tag", "")),
+        plot=row.get("i_p", plot.get("i_p")),
     )
 
 

@@ -17,6 +17,7 @@ from her_nemo.evaluation.coser_protocol import END_CHAT, FIRST_END_ROUND, Protoc
 from her_nemo.evaluation.coser_scenes import CoserScene, Given
 from her_nemo.evaluation.endpoint import RoleModel
 from her_nemo.evaluation.results import Failure, Line
+from her_nemo.evaluation.retrieval import Library
 from her_nemo.roleplay.dialects import Dialect, to_her
 from her_nemo.roleplay.layouts import Layout, RolePrompt
 from her_nemo.roleplay.names import same_name
@@ -31,6 +32,8 @@ from her_nemo.roleplay.prompt import (
 from her_nemo.roleplay.views import Reader
 
 BRIEF = "Be as brief as people are when they talk: 60 words at most."
+UNFILLED_PASSAGES = "{retrieved_knowledge}"
+ASKED_BY = 3  # messages of the prompt that passages are looked up by
 NONE = ""  # no next speaker could be read from an answer, or it said "random"
 _LONGEST_PREDICTION = 1500  # characters; HER's fork reads nothing from longer answers
 _FIELD = re.compile(r"next\s+speaker[\s*#:\-]*(?:is\b[\s*:]*)?([^\n*]+)", re.IGNORECASE)
@@ -48,6 +51,7 @@ class Play:
     max_rounds: int
     continue_from: int
     seed: int
+    library: Library | None = None  # with retrieval
 
 
 @dataclass
@@ -250,7 +254,26 @@ def actor_messages(scene: CoserScene, play: Play, name: str, turns: Sequence[Utt
     system = prompt.text(play.layout)
     if play.protocol.brief:
         system += f"\n\n{BRIEF}"
-    return build_messages(system, name, turns, play.layout, mine=play.protocol.own_history)
+    messages = build_messages(system, name, turns, play.layout, mine=play.protocol.own_history)
+    if play.library is not None:
+        passages = _passages(scene, play, name, [message["content"] for message in messages[1:]])
+        if passages:
+            messages[0]["content"] = _before_requirements(system, f"===What You Remember===\n{passages}")
+    return messages
+
+
+def _passages(scene: CoserScene, play: Play, name: str, contents: Sequence[str]) -> str:
+    """What the character remembers, by the last messages of his prompt."""
+    assert play.library is not None
+    memory = play.library.memory(scene.book, scene.plot, name)
+    if memory is None:
+        return UNFILLED_PASSAGES if play.protocol.held_out_found else ""
+    return memory.recall("\n\n".join(contents[-ASKED_BY:]))
+
+
+def _before_requirements(system: str, section: str) -> str:
+    before, heading, after = system.rpartition("===Requirements===")
+    return f"{before}{section}\n\n{heading}{after}" if heading else f"{system}\n\n{section}"
 
 
 def environment_messages(scene: CoserScene, play: Play, turns: Sequence[Utterance]) -> list[Message]:

@@ -234,15 +234,19 @@ async def open_models(
                 endpoints[address] = await stack.enter_async_context(
                     Endpoint(chat.endpoint, limits, chat.api_key_env)
                 )
-            endpoint = endpoints[address]
-            model = chat.model or await _only_model(endpoint, role)
-            identity = dict((fingerprints or {}).get(role) or await _identity(endpoint, model))
-            if chat.revision is not None:
-                identity["revision"] = chat.revision
-            opened[role] = RoleModel(
-                role, model, endpoint, cache, identity, chat.sampling, dict(chat.extra_body)
-            )
+            known = (fingerprints or {}).get(role)
+            opened[role] = await _open(role, chat, endpoints[address], cache, known)
         yield opened
+
+
+async def _open(
+    role: str, chat: ChatModel, endpoint: Endpoint, cache: AnswerCache, known: Mapping[str, str] | None
+) -> RoleModel:
+    model = chat.model or await _only_model(endpoint, role)
+    identity = dict(known or await _identity(endpoint, model))
+    if chat.revision is not None:
+        identity["revision"] = chat.revision
+    return RoleModel(role, model, endpoint, cache, identity, chat.sampling, dict(chat.extra_body))
 
 
 async def _only_model(endpoint: Endpoint, role: str) -> str:

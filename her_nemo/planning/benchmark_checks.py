@@ -19,12 +19,24 @@ def coser(config: CoserConfig, environment: Mapping[str, str]) -> Iterator[Probl
     if config.continue_from >= config.max_rounds:
         said = f"{config.continue_from} messages are given and max_rounds is {config.max_rounds}: nothing is played"
         yield Problem("continue_from", said, hint="raise max_rounds or lower continue_from")
+    if config.retrieval != "none":
+        yield from _books(config)
     if config.prompts_dir is not None and not Path(config.prompts_dir).is_dir():
         yield Problem("prompts_dir", f"{config.prompts_dir}: no such directory", hint="leave it out, or mend the path")
     yield from role("actor", config.actor, environment, needed=True)
     yield from role("judge", config.judge, environment, needed=True)
     yield from role("environment", config.environment, environment)
     yield from role("next_speaker", config.next_speaker, environment)
+
+
+def _books(config: CoserConfig) -> Iterator[Problem]:
+    if config.protocol == "her":
+        said = "HER's fork has no retrieval"
+        yield Problem("retrieval", said, hint="take protocol=fixed or upstream, or retrieval=none")
+    if config.books is None:
+        yield Problem("books", "has to be given with retrieval", hint="give the directory of CoSER's BOOK.json files")
+    elif not Path(config.books).is_dir():
+        yield Problem("books", f"{config.books}: no such directory", hint="give the directory of the BOOK.json files")
 
 
 def shared(config: BenchmarkConfig) -> Iterator[Problem]:

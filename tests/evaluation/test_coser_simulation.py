@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from her_nemo.evaluation.coser import benchmark_prompt
 from her_nemo.evaluation.coser_judging import dialogue_text, judge_messages, overlap, reference_text
 from her_nemo.evaluation.coser_protocol import PROTOCOLS
 from her_nemo.evaluation.coser_scenes import CoserScene, read_scenes
-from her_nemo.evaluation.coser_simulation import NONE, Play, Simulation, simulate
+from her_nemo.evaluation.coser_simulation import NONE, Play, Simulation, actor_messages, simulate
 from her_nemo.evaluation.endpoint import open_models
 from her_nemo.evaluation.results import Line
+from her_nemo.evaluation.retrieval import Library
 from her_nemo.roleplay.layouts import Layout
 
 ORDER = ("Ann", "Bob", "Environment")
@@ -190,6 +192,30 @@ def test_a_whole_book_given(serve, tmp_path) -> None:
     assert speakers(done)[:4] == ["Bob", "Ann", "Environment", "Bob"]
     assert done.given == 4
     assert role_of(requests[0]) == "next_speaker", "the book is at its end: the model is asked"
+
+
+def test_what_a_character_remembers(tmp_path) -> None:
+    book = {
+        "plots": [
+            {"text": "They hid a letter.", "summary": "s", "key_characters": [], "conversation": []},
+        ],
+        "character_datasets": {"Ann": {"plots": [{"i_p": 0}], "conversations": [], "utterances": []}},
+    }
+    (tmp_path / "The Tale.json").write_text(json.dumps(book))
+    scene = the_scene(tmp_path)
+
+    def system(protocol: str, name: str) -> str:
+        choices = PROTOCOLS[protocol]
+        library = Library(tmp_path, "raw_text", held_out=choices.held_out_found)
+        prompt = benchmark_prompt("coser_environment", None)
+        play = Play(choices, choices.layout, {}, prompt, prompt, 20, 0, 0, library)
+        return actor_messages(scene, play, name, [])[0]["content"]
+
+    for protocol in ("upstream", "fixed"):
+        ann = system(protocol, "Ann")
+        remembered = "===What You Remember===\n# From the book\n\nThey hid a letter.\n\n===Requirements==="
+        assert remembered in ann
+        assert ("{retrieved_knowledge}" in system(protocol, "Bob")) is (protocol == "upstream")
 
 
 # ---------------------------------------------------------------- what the judge sees
