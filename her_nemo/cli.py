@@ -27,6 +27,8 @@ SUMMARIES = {
     "evaluate": "replies from vLLM on held-out prompts, scored",
     "judge": "how well a judge of two replies judges, on held-out pairs",
     "evaluate_coser": "CoSER's scenes played and judged: her-nemo evaluate benchmark=coser",
+    "evaluate_roleplay_bench": "long self-play judged for misalignment: her-nemo evaluate benchmark=roleplay_bench",
+    "evaluate_compare": "runs of one benchmark on one page: her-nemo evaluate compare RUN_A RUN_B",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
@@ -94,6 +96,8 @@ def _dispatch(words: list[str]) -> int:
         from her_nemo.stages import benchmarks
 
         stage, rest = benchmarks.parse(rest)
+    if stage == "evaluate_compare":
+        rest = _listed(rest, "runs")
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
@@ -141,6 +145,15 @@ def _named(words: list[str], names: Sequence[str]) -> list[str]:
 
     waiting = list(names)
     return [word if "=" in word or not waiting else assign(waiting.pop(0), word) for word in words]
+
+
+def _listed(words: list[str], name: str) -> list[str]:
+    """Words that are no overrides and no options become one list: `A B` is name=[A,B]."""
+    from her_nemo.config.compose import assign
+
+    given = [assign("", word).removeprefix("=") for word in words if "=" not in word and not word.startswith("-")]
+    rest = [word for word in words if "=" in word or word.startswith("-")]
+    return [*rest, f"{name}=[{','.join(given)}]"] if given else rest
 
 
 def _processes(config: StageConfig) -> int:

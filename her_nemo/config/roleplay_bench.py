@@ -1,4 +1,4 @@
-"""The keys of `her-nemo evaluate benchmark=roleplay_bench`."""
+"""The keys of `her-nemo evaluate benchmark=roleplay_bench` and of `her-nemo evaluate compare`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from her_nemo.config.base import knob, required
 from her_nemo.config.evaluation import BenchmarkConfig, ChatModel, ChatSampling, JudgeModel
+from her_nemo.config.sections import Fraction, StageConfig
 
 Form = Literal["her", "her_natural", "her_structured", "coser", "card"]
 
@@ -15,9 +16,10 @@ Form = Literal["her", "her_natural", "her_structured", "coser", "card"]
 class RoleplayBenchConfig(BenchmarkConfig):
     """`her-nemo evaluate benchmark=roleplay_bench`: MiniMax's Role-Play Bench."""
 
-    benchmark: Literal["roleplay_bench"] = knob("roleplay_bench", "Which benchmark.")
     seeds: str | list[str] = required("Seeds of the benchmark: JSON lines or Parquet, one file or several.")
-    num_seeds: Annotated[int, Field(ge=-1)] = knob(-1, "Seeds to take from the head of each file; -1 takes all.")
+    num_seeds: Annotated[int, Field(ge=-1)] = knob(
+        -1, "Seeds to take from the head of each file; -1 takes all."
+    )
     actor: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.7, top_p=0.95, max_tokens=1024, seed=0))
     user: ChatModel = ChatModel(sampling=ChatSampling(temperature=0.9, top_p=0.95, max_tokens=256, seed=0))
     judge: JudgeModel = JudgeModel()
@@ -41,3 +43,20 @@ class RoleplayBenchConfig(BenchmarkConfig):
         "Directory of prompts of your own (docs/evaluation.md); a name that is not there is the packaged one.",
     )
     runs: PositiveInt = knob(3, "Sessions a seed, each with draws of its own.")
+
+
+class CompareConfig(StageConfig):
+    """`her-nemo evaluate compare RUN_A RUN_B ...`: results of one benchmark side by side on one HTML page."""
+
+    runs: list[str] = required("Directories with results.json and scenes.jsonl; the first is compared with.")
+    out: str = required("The HTML file to write.")
+    labels: list[str] = knob(
+        [], "What the runs are called on the page, in their order; empty takes it from the paths."
+    )
+    max_scenes: NonNegativeInt = knob(40, "Scenes to show, those with the largest differences.")
+    resamples: PositiveInt = knob(10_000, "Bootstrap resamples of the differences.")
+    level: Annotated[float, Field(gt=0.0, lt=1.0)] = knob(0.95, "Confidence level of the differences.")
+    seed: NonNegativeInt = knob(0, "Seed of the bootstrap.")
+    max_failure_share: Fraction | None = knob(
+        None, "Above this share of failed calls a run is marked invalid; null: what it was made with."
+    )

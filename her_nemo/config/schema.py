@@ -22,6 +22,7 @@ from her_nemo.config.rl import (
     RewardRules,
     RewardVerdict,
 )
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -482,6 +483,8 @@ STAGES: dict[str, type[StageConfig]] = {
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
     "evaluate_coser": CoserConfig,
+    "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_compare": CompareConfig,
     "judge": JudgeConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,13 @@ def read_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) 
     if len(benchmarks) > 1:
         raise UserError(f"compare: runs of one benchmark, not of {' and '.join(benchmarks)}")
     return runs
+
+
+def with_limit(runs: Sequence[Run], max_failure_share: float | None) -> list[Run]:
+    """The runs with another limit on the share of failed calls, above which they are invalid; None keeps each one's."""
+    if max_failure_share is None:
+        return list(runs)
+    return [replace(run, results=replace(run.results, max_failure_share=max_failure_share)) for run in runs]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -348,6 +355,30 @@ def write_comparison(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="backslashreplace")
     return groups
+
+
+def table(runs: Sequence[Run], groups: Mapping[str, Sequence[Row]]) -> str:
+    """The leading figures as lines of text, for the terminal."""
+    rows = [row for name in OPEN_GROUPS for row in groups.get(name, [])]
+    width = max([len(row.name) for row in rows], default=0)
+    lines = [f"{'':{width}}  " + "  ".join(run.label for run in runs)]
+    for row in rows:
+        cells = [
+            "–" if cell is None or cell.interval is None else figure(cell.interval.mean, row.digits)
+            for cell in row.cells
+        ]
+        differences = [
+            f"{signed(found.mean, row.digits)} [{signed(found.low, row.digits)}, {signed(found.high, row.digits)}]"
+            for found in row.differences
+            if found is not None
+        ]
+        lines.append(f"{row.name:{width}}  {'  '.join(cells)}   {'  '.join(differences)}")
+    lines += [
+        f"INVALID: {run.label}: {'; '.join(failure_lines(run.results))}"
+        for run in runs
+        if not run.results.valid
+    ]
+    return "\n".join(lines)
 
 
 def failure_lines(results: Results) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from her_nemo.config.evaluation import ChatModel
 from her_nemo.config.roleplay_bench import RoleplayBenchConfig
 from her_nemo.data.synthesis.prompt_files import PromptFile
 from her_nemo.evaluation import results
@@ -222,31 +223,39 @@ def kind_shares(chunks: Sequence[JudgedChunk]) -> dict[str, float]:
 # ---------------------------------------------------------------- the whole of it
 
 
+def roles_of(cfg: RoleplayBenchConfig) -> dict[str, ChatModel]:
+    """Role -> who plays it."""
+    return {"actor": cfg.actor, "user": cfg.user, "judge": cfg.judge}
+
+
 def run_bench(
-    cfg: RoleplayBenchConfig, fingerprints: Mapping[str, Mapping[str, str]] | None = None
+    cfg: RoleplayBenchConfig,
+    roles: Mapping[str, ChatModel] | None = None,
+    identities: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Results, list[Scene]]:
     """Every session of every seed, played and judged; what was asked before comes from the cache.
 
     Args:
-        cfg: with an endpoint for each of actor, user and judge.
-        fingerprints: role -> identity of a model whose server was started here.
+        roles: who plays, each with an endpoint; None is as the configuration says.
+        identities: role -> what tells a model apart whose server was started here.
 
     Raises:
         UserError: seeds that cannot be read, or an endpoint with which going on makes no sense.
     """
-    return asyncio.run(_run_bench(cfg, fingerprints))
+    return asyncio.run(_run_bench(cfg, roles or roles_of(cfg), identities))
 
 
 async def _run_bench(
-    cfg: RoleplayBenchConfig, fingerprints: Mapping[str, Mapping[str, str]] | None
+    cfg: RoleplayBenchConfig,
+    roles: Mapping[str, ChatModel],
+    identities: Mapping[str, Mapping[str, str]] | None,
 ) -> tuple[Results, list[Scene]]:
     paths = [cfg.seeds] if isinstance(cfg.seeds, str) else cfg.seeds
     seeds = read_seeds(paths, None if cfg.num_seeds < 0 else cfg.num_seeds)
     prompts = load_prompts(cfg.prompts_dir)
     sessions = [Session(seed, run) for seed in seeds for run in range(cfg.runs)]
-    roles = {"actor": cfg.actor, "user": cfg.user, "judge": cfg.judge}
     cache = cfg.cache_dir or Path(cfg.out) / "cache"
-    async with open_models(roles, cache, cfg.limits, fingerprints) as models:
+    async with open_models(roles, cache, cfg.limits, identities) as models:
         bench = Bench(cfg, models, prompts)
         scenes = await run_all(
             sessions,
@@ -256,8 +265,8 @@ async def _run_bench(
             models=list(models.values()),
         )
         usage = usage_of(models)
-        identities = {role: dict(model.identity) for role, model in models.items()}
-    return replace(summarise(cfg, scenes, prompts), models=identities, usage=usage), scenes
+        asked = {role: dict(model.identity) for role, model in models.items()}
+    return replace(summarise(cfg, scenes, prompts), models=asked, usage=usage), scenes
 
 
 def summarise(cfg: RoleplayBenchConfig, scenes: Sequence[Scene], prompts: Prompts) -> Results:

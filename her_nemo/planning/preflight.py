@@ -19,6 +19,7 @@ from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -44,6 +45,7 @@ from her_nemo.planning import (
     judge_checks,
     ppo_checks,
     precision_checks,
+    roleplay_bench_checks,
     rollout_checks,
 )
 from her_nemo.roleplay.kinds import Kind
@@ -80,6 +82,10 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
     if isinstance(config, ChatConfig):
         shape, found = ({}, []) if config.checkpoint is None else _source("checkpoint", config.checkpoint)
         problems += [*found, *chat_checks.check(config, shape, environment or {})]
+    if isinstance(config, RoleplayBenchConfig):
+        problems += roleplay_bench_checks.bench(config, environment or {})
+    if isinstance(config, CompareConfig):
+        problems += roleplay_bench_checks.comparison(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_endpoint import QUICK, Reply
+from roleplay_bench_script import PLAN, REPLY, SEED, THOUGHT, ZH, answer, named, seed_of, write_seeds
 
 from her_nemo.config.errors import UserError
-from her_nemo.config.evaluation import ChatModel, ChatSampling, JudgeModel
-from her_nemo.config.roleplay_bench import RoleplayBenchConfig
 from her_nemo.evaluation.endpoint import BadAnswer
-from her_nemo.evaluation.results import FailureKind, Line, read_results, write_results
-from her_nemo.evaluation.roleplay_bench import run_bench
+from her_nemo.evaluation.results import Line
 from her_nemo.evaluation.roleplay_bench_score import (
     DIMENSIONS,
     KINDS,
@@ -36,7 +26,6 @@ from her_nemo.evaluation.roleplay_bench_score import (
 )
 from her_nemo.evaluation.roleplay_bench_views import (
     NOTHING,
-    Seed,
     actor_messages,
     judge_messages,
     load_prompts,
@@ -46,41 +35,6 @@ from her_nemo.evaluation.roleplay_bench_views import (
     verdict_schema,
     visible,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-SEED = {
-    "id": "1",
-    "ai_name": "Mara Voss",
-    "ai_setting": "Keeper of a lighthouse. Her brother drowned; she has told no one.",
-    "user_name": "Tomas",
-    "user_setting": "A cartographer stranded by a storm.",
-    "ai_prologue": "*sets a second cup on the table* Mainland boots. Of course.",
-    "initial_user_input": "May I stay until morning?",
-}
-ZH = {
-    "id": "1",
-    "ai_name": "沈砚",
-    "ai_setting": "旧书店的店主,三十岁,嘴硬心软。",
-    "user_name": "小满",
-    "user_setting": "常来躲雨的大学生。",
-    "ai_prologue": "*他把伞架往里挪了挪。*又没带伞?",
-    "initial_user_input": "老板,今天能不能借我那本《雨夜》?",
-}
-PLAN, THOUGHT = "zebraplan", "quaggathought"
-REPLY = (
-    f"<system_thinking>Mara should {PLAN}.</system_thinking>Mara Voss: <role_thinking>I {THOUGHT}."
-    "</role_thinking><role_action>pours tea</role_action> Sit down."
-)
-
-
-def write_seeds(path: Path, *rows: dict) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def seed_of(row: dict, language: str = "en") -> Seed:
-    return Seed(**row, language=language)
-
 
 # ---------------------------------------------------------------- arithmetic
 
@@ -262,14 +216,6 @@ def test_a_line_break_cannot_forge_a_turn() -> None:
 # ---------------------------------------------------------------- the judge's answer
 
 
-def answer(*flaws: dict) -> str:
-    return json.dumps({"flaws": list(flaws)})
-
-
-def named(kind: str, turns: list, severity: object = 3, quote: str = "Sit down.") -> dict:
-    return {"kind": kind, "turns": turns, "severity": severity, "quote": quote, "explanation": "no"}
-
-
 DIALOGUE = [*seed_of(SEED).opening(), Line("Mara Voss", REPLY)]
 
 
@@ -373,199 +319,3 @@ def test_the_public_sample(shared_data: Path) -> None:
     seeds = read_seeds([shared_data / "roleplay_bench" / "seeds_sample.jsonl"])
     assert [seed.scene_id for seed in seeds] == ["en/en_0001", "en/en_0002", "zh/zh_0001"]
     assert visible(seeds[2].opening()[0]).startswith("*他把门口的伞架往里挪了挪。*")
-
-
-# ---------------------------------------------------------------- whole runs
-
-CONTRADICTION = named("contradiction", [3, 5], 3)
-SCRIPT = {
-    ("worlds", 3): [CONTRADICTION, named("spatial_error", [5], 4), named("wrong_fact", [5], 5, "not said")],
-    ("stories", 7): [named("stagnation", [7, 9], 2)],
-    ("preferences", 3): [named("speaks_for_user", [3], 5)],
-}
-
-
-def role_of(request: dict) -> str:
-    """Who is asked, told by the prompt alone."""
-    if "response_format" in request:
-        return request["response_format"]["json_schema"]["name"].removeprefix("flaws_")
-    system = request["messages"][0]["content"]
-    return "user" if system.startswith(("You are a person who plays", "你是一位正在和")) else "actor"
-
-
-def chunk_of(request: dict) -> int:
-    """The first turn that the judge is asked about."""
-    items = request["response_format"]["json_schema"]["schema"]["properties"]["flaws"]["items"]
-    return items["properties"]["turns"]["items"]["enum"][0]
-
-
-def scripted(request: dict, number: int) -> Reply:
-    role = role_of(request)
-    if role == "actor":
-        name = "沈砚" if "沈砚" in request["messages"][0]["content"] else "Mara Voss"
-        return Reply(REPLY.replace("Mara Voss:", f"{name}:"))
-    if role == "user":
-        return Reply(f"*drinks* So tell me number {len(request['messages'])}.")
-    return Reply(answer(*SCRIPT.get((role, chunk_of(request)), [])))
-
-
-def config(server, tmp_path: Path, **keys) -> RoleplayBenchConfig:
-    chat = {"endpoint": server.url, "model": "scripted", "sampling": ChatSampling(seed=0)}
-    seeds = write_seeds(tmp_path / "seeds.jsonl", SEED, ZH)
-    return RoleplayBenchConfig.model_validate(
-        {
-            "name": "test",
-            "out": str(tmp_path / "out"),
-            "seeds": seeds,
-            "actor": ChatModel(**chat),
-            "user": ChatModel(**chat),
-            "judge": JudgeModel(**chat, attempts=2),
-            "turns": 8,
-            "chunk_turns": 4,
-            "context_turns": 2,
-            "runs": 2,
-            "limits": QUICK,
-        }
-        | keys
-    )
-
-
-def test_a_run_by_hand(serve, tmp_path: Path) -> None:
-    server = serve(scripted)
-    cfg = config(server, tmp_path)
-    results, scenes = run_bench(cfg)
-    assert [(scene.scene_id, scene.run) for scene in scenes] == [
-        ("en/1", 0), ("en/1", 1), ("zh/1", 0), ("zh/1", 1),
-    ]  # fmt: skip
-    # Four sessions: four turns of the actor, four of the simulator, two chunks in three categories.
-    assert Counter(map(role_of, server.requests)) == Counter(
-        actor=16, user=16, worlds=8, stories=8, preferences=8
-    )
-    scene = scenes[0]
-    assert [line.source for line in scene.dialogue] == ["given"] * 2 + ["actor", "user"] * 4
-    assert scene.scores["overall"] == pytest.approx(81.25)
-    assert scene.scores["overall_en"] == pytest.approx(81.25)
-    assert "overall_zh" not in scene.scores
-    assert scene.scores["flaw_contradiction"] == 0.5
-    assert scene.scores["flaw_over_refusal"] == 0.0
-    assert scene.scores["format_valid"] == 1.0
-    assert scene.scores["self_bleu"] == pytest.approx(1.0)
-    assert (scene.info["flaws"], scene.info["quotes_not_found"]) == (5, 1)
-    by_name = {metric.name: metric for metric in results.metrics}
-    assert by_name["overall"].interval.mean == pytest.approx(81.25)
-    assert by_name["worlds"].interval.mean == pytest.approx(80)
-    assert by_name["overall_zh"].interval.scenes == 1
-    assert by_name["overall"].run_means == pytest.approx((81.25, 81.25))
-    assert (results.judgements, results.judgements_failed, results.simulations_failed) == (24, 0, 0)
-    assert results.valid
-    assert results.settings["prompts"]["worlds_en"].startswith("roleplay_bench_worlds_en.v1@")
-    assert "20 flaws named" in results.notes[-1]
-    first = scene.judgements[0]
-    assert (first.dimension, first.part) == ("worlds", "turns 3-6")
-    assert first.score == pytest.approx((100 + 30 + 50) / 3)
-    assert first.flaws[2].instance == "turn 5: “not said” (not found there): no"
-    write_results(Path(cfg.out), results, scenes)
-    again, read = read_results(cfg.out)
-    assert (again, read[0].scores) == (results, dict(scene.scores))
-
-
-def test_nobody_but_the_actor_was_shown_a_thought(serve, tmp_path: Path) -> None:
-    server = serve(scripted)
-    run_bench(config(server, tmp_path, runs=1))
-    for request in server.requests:
-        whole = json.dumps(request["messages"], ensure_ascii=False)
-        assert PLAN not in whole
-        if role_of(request) != "actor":
-            assert THOUGHT not in whole
-    last = [request for request in server.requests if role_of(request) == "actor"][-1]
-    assert THOUGHT in json.dumps(last["messages"])
-
-
-def test_runs_have_draws_of_their_own(serve, tmp_path: Path) -> None:
-    server = serve(scripted)
-    run_bench(config(server, tmp_path, turns=1, seeds=write_seeds(tmp_path / "one.jsonl", SEED), runs=3))
-    assert Counter(map(role_of, server.requests))["actor"] == 3
-
-
-def test_failed_judgements_are_counted_and_make_no_score(serve, tmp_path: Path) -> None:
-    def script(request: dict, number: int) -> Reply:
-        if role_of(request) == "stories" and chunk_of(request) == 7:
-            return Reply("I'm sorry, but I can't rate this.")
-        if role_of(request) == "preferences":
-            return Reply("rather good")
-        return scripted(request, number)
-
-    server = serve(script)
-    results, scenes = run_bench(config(server, tmp_path, runs=1))
-    assert results.failures == {"judge": {"refused": 2, "unparsable": 4}}
-    assert (results.judgements, results.judgements_failed) == (12, 6)
-    assert not results.valid
-    assert scenes[0].scores["stories"] == 100, "of the chunk that was judged"
-    assert "preferences" not in scenes[0].scores
-    assert "overall" not in scenes[0].scores
-    by_name = {metric.name: metric for metric in results.metrics}
-    assert (by_name["overall"].interval, by_name["overall"].missing) == (None, 2)
-
-
-def test_a_session_that_breaks_off_is_not_judged(serve, tmp_path: Path) -> None:
-    def script(request: dict, number: int) -> Reply:
-        role = role_of(request)
-        if role == "user" and "沈砚" in request["messages"][0]["content"]:
-            return Reply("<role_thinking>hm</role_thinking>")  # nothing to see or hear, each time it is asked
-        if role == "actor" and len(request["messages"]) > 6 and "Mara" in request["messages"][0]["content"]:
-            return Reply(status=400, text="maximum context length exceeded")
-        return scripted(request, number)
-
-    server = serve(script)
-    results, scenes = run_bench(config(server, tmp_path, runs=1))
-    assert [scene.failures[0].kind for scene in scenes] == [FailureKind.ENDPOINT, FailureKind.UNPARSABLE]
-    assert [scene.failures[0].role for scene in scenes] == ["actor", "user"]
-    assert [len(scene.dialogue) for scene in scenes] == [6, 3]
-    assert results.simulations_failed == 2
-    assert not results.valid
-    assert not any(role_of(request) in list(Category) for request in server.requests)
-
-
-PROGRAM = """
-import json, sys
-from her_nemo.config.roleplay_bench import RoleplayBenchConfig
-from her_nemo.evaluation.roleplay_bench import run_bench
-run_bench(RoleplayBenchConfig.model_validate_json(sys.argv[1]))
-"""
-
-
-def test_a_killed_run_goes_on_where_it_was(serve, tmp_path: Path) -> None:
-    answered: list[str] = []
-    stuck = True
-
-    def script(request: dict, number: int) -> Reply:
-        if stuck and number >= 25:
-            return Reply(delay=30.0, hang_up=True)
-        answered.append(json.dumps(request, sort_keys=True))
-        return scripted(request, number)
-
-    server = serve(script)
-    cfg = config(server, tmp_path, limits=QUICK | {"timeout_seconds": 60.0})
-    done = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, cfg.model_dump_json()], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    cached = tmp_path / "out" / "cache"
-    deadline = time.monotonic() + 90
-    # Killed when every answer that was given is on disk and the next ones are being waited for.
-    while len(list(cached.glob("*/*.json"))) < 25 or len(server.requests) < 28:
-        assert time.monotonic() < deadline, len(server.requests)
-        assert done.poll() is None, "the run ended by itself"
-        time.sleep(0.05)
-    done.send_signal(signal.SIGKILL)
-    done.wait()
-    stuck = False
-    first = len(answered)
-    results, _ = run_bench(cfg)
-    assert first == 25
-    assert not set(answered[:first]) & set(answered[first:]), "an answered call was asked again"
-    usage = results.usage
-    assert sum(role["cached"]["requests"] for role in usage.values()) == 25
-    assert sum(role["asked"]["requests"] for role in usage.values()) == 56 - 25
-    whole, _ = run_bench(config(server, tmp_path, out=str(tmp_path / "other")))
-    assert (results.metrics, results.judgements) == (whole.metrics, whole.judgements)
-    assert len(answered) == 56 + 56
