@@ -36,9 +36,9 @@ class Browser:
 
         profile = self.folder / "profile"
         command = [
-            find_chromium(), "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--no-sandbox",
-            "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", f"--window-size={self.size[0]},{self.size[1]}", "about:blank",
+            find_chromium(), "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}",
+            "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
