@@ -76,10 +76,10 @@ def pair_row(session: ChatSession, number: int, chosen: int, rejected: int) -> R
     """
     turn = session.turn(number)
     if not session.is_lead(turn.speaker):
-        raise UserError(f"turn {number} is {turn.speaker}'s: pairs are made of {session.lead}'s turns")
+        raise UserError(f"turn {number + 1} is {turn.speaker}'s: pairs are made of {session.lead}'s turns")
     for index in (chosen, rejected):
         if not 0 <= index < len(turn.candidates):
-            raise UserError(f"turn {number} has {len(turn.candidates)} texts, none is number {index}")
+            raise UserError(f"turn {number + 1} has {len(turn.candidates)} texts, none is number {index + 1}")
         if not turn.candidates[index].finished:
             raise UserError("one of the two was cut off before its end: let it be written anew, or raise max_tokens")
         checked(turn.candidates[index].text)
@@ -129,7 +129,7 @@ class RowFiles:
         """
         rows, left_out = sample_rows(session)
         if not rows:
-            said = "".join(f"; turn {item.turn}: {item.reason}" for item in left_out)
+            said = "".join(f"; turn {item.turn + 1}: {item.reason}" for item in left_out)
             raise UserError(f"no turn of {session.lead}'s to train on{said}")
         name = _original(session)
         self._write(self.samples, rows, lambda row: row.get("original_trace_id") == name)
@@ -141,10 +141,10 @@ class RowFiles:
         Raises:
             UserError: the file cannot be written.
         """
-        texts = {row["chosen"], row["rejected"]}
+        texts, prompt = {row["chosen"], row["rejected"]}, list(row["messages"])
 
         def same(old: Row) -> bool:
-            return old.get("messages") == row["messages"] and {old.get("chosen"), old.get("rejected")} == texts
+            return old.get("messages") == prompt and {old.get("chosen"), old.get("rejected")} == texts
 
         return self._write(self.pairs, [row], same)
 

@@ -243,7 +243,7 @@ class ChatSession:
         """Let another candidate of a turn count."""
         turn = self.turn(number)
         if not 0 <= candidate < len(turn.candidates):
-            raise UserError(f"turn {number} has {len(turn.candidates)} texts, none is number {candidate}")
+            raise UserError(f"turn {number + 1} has {len(turn.candidates)} texts, none is number {candidate + 1}")
         if candidate != turn.chosen:
             self.turns[number] = replace(turn, chosen=candidate)
             self._settle_after(number)
@@ -263,7 +263,7 @@ class ChatSession:
     def turn(self, number: int) -> PlayedTurn:
         """Turn `number`, from 0."""
         if not 0 <= number < len(self.turns):
-            raise UserError(f"there is no turn {number}: there are {len(self.turns)}")
+            raise UserError(f"there is no turn {number + 1}: there are {len(self.turns)}")
         return self.turns[number]
 
     def _author(self, speaker: str) -> Author:

@@ -1,4 +1,4 @@
-"""Test modules here import streaming_endpoint by name."""
+"""Test modules here import browser and test_web by name."""
 
 from __future__ import annotations
 
