@@ -32,10 +32,13 @@ from her_nemo.chat.terminal_view import (
 )
 from her_nemo.config.chat import ChatConfig
 from her_nemo.config.errors import UserError, nearest
+from her_nemo.data.readers.coser import ENVIRONMENT
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.layouts import Layout
+from her_nemo.roleplay.names import same_name
 
 SHOWN_SCENES = 30
+BREAK = "⏎"
 _FOLDS = {
     "plans": frozenset({Kind.SYSTEM_THINKING}),
     "thoughts": frozenset({Kind.ROLE_THINKING}),
@@ -125,7 +128,7 @@ class Terminal:
         """Whoever spoke last besides the lead, rather than the Environment."""
         spoke = [turn.speaker for turn in reversed(self.session.turns)]
         known = [name for name in (*spoke, *self.session.others) if not self.session.is_lead(name)]
-        people = [name for name in known if name != "Environment"]
+        people = [name for name in known if not same_name(name, ENVIRONMENT)]
         return (people or known)[0]
 
     def _ask_scene(self) -> int:
@@ -197,12 +200,12 @@ class Terminal:
                 try:
                     async for progress in pieces:
                         so_far = pieces_so_far(speaker, progress.text)
-                        show(streaming_view(self.session, speaker, so_far, self.unfolded))
+                        show(streaming_view(self.session, speaker, so_far, self.unfolded, self._room()))
                 except asyncio.CancelledError:
                     return  # Ctrl-C: what has come is kept
 
         if self.console.is_terminal:
-            waiting = streaming_view(self.session, speaker, [], self.unfolded)
+            waiting = streaming_view(self.session, speaker, [], self.unfolded, self._room())
             with Live(waiting, console=self.console, transient=True, refresh_per_second=12) as live:
                 self.runner.run(receive(live.update))
         else:
@@ -211,6 +214,10 @@ class Terminal:
             self._complain("stopped" if progress.finished is None else f"the model wrote nothing for {speaker}")
             return "", progress
         return progress.text, progress
+
+    def _room(self) -> int:
+        """Signs of a reply that are shown while it comes in: about what fits on the screen."""
+        return self.console.width * max(4, self.console.height - 8)
 
     def _after(self, progress: Progress) -> None:
         self._show_turns([len(self.session.turns) - 1])
@@ -288,7 +295,8 @@ class Terminal:
             word, _, rest = rest[1:].partition(" ")
             number = _number(word, "/edit #") - 1
         turn = self.session.turn(number)
-        text = rest.strip() or self._line("mend> ", turn.text.replace("\n", " "))
+        # The line has one line: a break inside the turn stands in it as a sign.
+        text = rest.strip() or self._line("mend> ", turn.text.replace("\n", BREAK)).replace(BREAK, "\n")
         self.session.edit(number, text)
         self._show_turns([number])
 

@@ -83,9 +83,13 @@ def note_of(turn: PlayedTurn) -> str:
     return BY[turn.candidate.author] + several
 
 
-def streaming_view(session: ChatSession, speaker: str, pieces: Sequence[Shown], unfolded: frozenset[Kind]) -> Group:
-    """A turn that is still being written."""
+def streaming_view(
+    session: ChatSession, speaker: str, pieces: Sequence[Shown], unfolded: frozenset[Kind], room: int
+) -> Group:
+    """A turn that is still being written: its last `room` signs."""
     body = pieces_text(pieces, unfolded)
+    if len(body) > room:
+        body = Text("… ", style=SOFT).append_text(body[-room:])
     body.append(" ▌", style=SOFT)
     return Group(speaker_line(session, speaker, "…"), body)
 

@@ -156,3 +156,20 @@ def test_a_file_that_holds_something_else_is_not_written_over(played: ChatSessio
     assert len(files.samples.read_text(encoding="utf-8").strip().split("\n")) == 3
     with pytest.raises(UserError, match="cannot write"):
         RowFiles(files.samples).write_samples(played)
+
+
+def test_a_chat_in_a_scene_of_the_test_set_is_found_by_ingest(shared_data: Path, tmp_path: Path) -> None:
+    test_set = str(shared_data / "coser" / "test_set_sample.json")
+    held_out, _ = load_scenes([test_set], 1)
+    free, _ = load_scenes([str(shared_data / "coser" / "othello.json")], 1)
+    files = RowFiles(tmp_path / "chat")
+    for scene in (*held_out, *free):
+        session = ChatSession.begin(scene, scene.parts[1].name, "s1", turns=4)
+        session.add(session.lead, f"{session.lead}: Enough.")
+        files.write_samples(session)
+    ingest(IngestConfig(name="x", path=str(files.samples), out=str(tmp_path / "data"), test_set=test_set))
+    split = {row["book"]: row["split"] for row in read_parquet(tmp_path / "data" / "samples.parquet")}
+    assert split.pop(held_out[0].book) == "test"
+    assert len(split) == 1
+    assert "test" not in split.values()
+

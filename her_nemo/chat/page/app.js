@@ -39,20 +39,12 @@ async function call(verb, body) {
   const headers = { "x-her-nemo-token": sessionStorage.getItem(TOKEN) ?? "" };
   if (body) headers["content-type"] = "application/json";
   const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) };
-  let response;
-  try {
-    response = await fetch(`/api/${verb}`, options);
-  } catch {
+  const response = await fetch(`/api/${verb}`, options).catch(() => {
     throw new Error("her-nemo does not answer: has it ended?");
-  }
+  });
   if (response.ok) return response;
-  let said = response.statusText;
-  try {
-    said = (await response.json()).error ?? said;
-  } catch {
-    // no JSON: the status says enough
-  }
-  const error = new Error(said);
+  const said = await response.json().catch(() => ({})); // no JSON: the status says enough
+  const error = new Error(said.error ?? response.statusText);
   error.status = response.status;
   throw error;
 }
