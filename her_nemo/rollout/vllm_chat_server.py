@@ -7,6 +7,7 @@ always writes prompts with our chat template, the one the model was trained with
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -70,6 +71,8 @@ def chat_command(options: ChatServerOptions, port: int, host: str = LOOPBACK) ->
         "--tensor-parallel-size", options.tensor_parallel_size,
         # A checkpoint's generation_config.json would change the sampling behind our back.
         "--generation-config", "vllm",
+        # Held to a schema, a weak model would otherwise write blanks for ever.
+        "--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
         "--disable-uvicorn-access-log",
     ]  # fmt: skip
     if on_cuda:
