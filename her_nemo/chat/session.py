@@ -228,10 +228,15 @@ class ChatSession:
         """Another text that a model wrote for a turn. Returns the number of the candidate.
 
         Raises:
-            UserError: the model wrote nothing, or there is no such turn.
+            UserError: the model wrote nothing, or once more what is there, or there is no such turn.
         """
         turn = self.turn(number)
         candidate = Candidate(checked(text.strip()), self._author(turn.speaker), finished)
+        for index, there in enumerate(turn.candidates, start=1):
+            if (there.text, there.finished) == (candidate.text, finished):
+                raise UserError(
+                    f"the model wrote text {index} again, word for word: a higher sampling.temperature lets it vary"
+                )
         return self._append(number, candidate, choose=choose)
 
     def edit(self, number: int, text: str) -> int:

@@ -24,6 +24,7 @@ from her_nemo.chat.session import ChatSession, pieces_so_far
 from her_nemo.chat.terminal_view import (
     SOFT,
     choice_view,
+    counted,
     safe,
     scene_table,
     scene_view,
@@ -222,7 +223,7 @@ class Terminal:
     def _after(self, progress: Progress) -> None:
         self._show_turns([len(self.session.turns) - 1])
         if progress.dropped:
-            note = f"The model was not told of the oldest {progress.dropped} exchanges: they did not fit."
+            note = f"The model was not told of the oldest {counted(progress.dropped, 'exchange')}, for want of room."
             self.console.print(Text(note, style=SOFT))
 
     # ------------------------------------------------------------ commands
@@ -282,7 +283,7 @@ class Terminal:
         count = self.files.write_pair(row)
         self.session.choose(number, better)
         self._show_turns([number])
-        self.console.print(Text(f"Kept: {count} pairs in {self.files.pairs}", style=SOFT))
+        self.console.print(Text(f"Kept: {counted(count, 'pair')} in {self.files.pairs}", style=SOFT))
 
     def use(self, rest: str) -> None:
         number = self._last()
@@ -302,8 +303,9 @@ class Terminal:
 
     def back(self, rest: str) -> None:
         count = _number(rest, "/back") if rest else 1
-        self.session.rewind(max(0, len(self.session.turns) - count))
-        self.console.print(Text(f"{len(self.session.turns)} turns are left.", style=SOFT))
+        left = max(0, len(self.session.turns) - count)
+        self.session.rewind(left)
+        self.console.print(Text(f"{counted(left, 'turn')} {'is' if left == 1 else 'are'} left.", style=SOFT))
 
     def show(self, rest: str) -> None:
         if rest not in _FOLDS:
@@ -322,7 +324,7 @@ class Terminal:
         count, left_out = self.files.write_samples(self.session)
         for item in left_out:
             self.console.print(Text(f"turn {item.turn + 1} left out: {item.reason}", style="red"))
-        self.console.print(Text(f"{count} samples in {self.files.samples}", style=SOFT))
+        self.console.print(Text(f"{counted(count, 'sample')} in {self.files.samples}", style=SOFT))
 
     def another(self, rest: str) -> None:
         raise _AnotherScene

@@ -39,6 +39,11 @@ def safe(text: str) -> str:
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 turn`, `2 turns`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def pieces_text(pieces: Sequence[Shown], unfolded: frozenset[Kind]) -> Text:
     """The pieces of a turn. A folded one leaves only a mark that it is there."""
     out = Text()

@@ -242,3 +242,13 @@ def test_miniature_scenes_are_of_characters_that_training_does_not_know(scene: S
         assert each.parts[0].name in held_out.names
         assert each.parts[0].name not in train.names
     assert made[0] == scene
+
+
+def test_the_same_text_again_is_no_other_text(session: ChatSession) -> None:
+    session.add("Kit Holt", REPLY)
+    assert session.add_alternative(1, "Kit Holt: No.", finished=False) == 1
+    assert session.add_alternative(1, "Kit Holt: No.") == 2  # now it is whole
+    with pytest.raises(UserError, match=r"wrote text 1 again, word for word: a higher sampling\.temperature"):
+        session.add_alternative(1, f"{REPLY}\n")
+    assert len(session.turns[1].candidates) == 3
+    assert session.turns[1].text == "Kit Holt: No."
