@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.precision import Fp8Keys
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.rl import Diversity, ImportanceSampling, RewardMix, RewardRules
 from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.sections import (
@@ -456,6 +457,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "evaluate_coser": CoserConfig,
     "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_reward_model": RewardBenchConfig,
     "evaluate_compare": CompareConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,

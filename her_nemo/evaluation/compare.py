@@ -171,7 +171,7 @@ def rows_of(
             for other in values[1:]
         )
         cells = tuple(next((m for m in run.results.metrics if m.name == name), None) for run in runs)
-        row = Row(title_of(name), name, cells, differences, metric.higher_is_better)
+        row = Row(title_of(name.split(":")[-1]), name, cells, differences, metric.higher_is_better)
         groups.setdefault(metric.group, []).append(row)
     return groups
 

@@ -1,4 +1,4 @@
-"""What can be known of Role-Play Bench, and of a comparison of runs, before anything is asked or read."""
+"""What can be known of Role-Play Bench, of the reward-model bench and of a comparison before anything is asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from her_nemo.config.errors import Problem
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.planning.benchmark_checks import role, shared
 
@@ -28,6 +29,25 @@ def bench(config: RoleplayBenchConfig, environment: Mapping[str, str]) -> Iterat
         )
     for name, chat in (("actor", config.actor), ("user", config.user), ("judge", config.judge)):
         yield from role(name, chat, environment, needed=True)
+
+
+def reward_model(config: RewardBenchConfig) -> Iterator[Problem]:
+    """Problems of `evaluate benchmark=reward_model`, beside those of the model's directory."""
+    folder = Path(config.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        hint = "run her-nemo export on it first, and give the directory that export wrote"
+        yield Problem("model", f"{folder}: no Hugging Face directory (with config.json)", hint=hint)
+    elif folder.is_dir() and "SequenceClassification" not in (folder / "config.json").read_text(
+        encoding="utf-8"
+    ):
+        hint = "give an exported reward model; a judge that writes verdicts is evaluated otherwise"
+        yield Problem("model", f"{folder}: has no scalar head", hint=hint)
+    if not Path(config.pairs).is_file():
+        yield Problem(
+            "pairs", f"{config.pairs}: no such file", hint="give pairs with messages, chosen, rejected"
+        )
+    if Path(config.out).is_file():
+        yield Problem("out", f"{config.out}: is a file", hint="give the path of a directory")
 
 
 def comparison(config: CompareConfig) -> Iterator[Problem]:

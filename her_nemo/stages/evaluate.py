@@ -46,6 +46,7 @@ class Task:
     brief: str
     tail: str
     scene: Scene | None
+    others: tuple[str, ...] = ()  # who else the system prompt names
 
 
 def run(cfg: EvaluateConfig) -> int:
@@ -130,9 +131,10 @@ def make_tasks(
             continue
         scene = None if scenes is None else scenes[row["trace_id"]]
         name, brief = part(row["messages"])
+        others = company(row["messages"])
         tail = row["messages"][-1]["content"].removeprefix(CONVERSATION_START)[-SHOWN_CHARACTERS:]
         tasks += [
-            Task(row["trace_id"], sample, prompt.token_ids.tolist(), name, brief, tail, scene)
+            Task(row["trace_id"], sample, prompt.token_ids.tolist(), name, brief, tail, scene, others)
             for sample in range(samples_per_prompt)
         ]
     if not tasks:
@@ -151,6 +153,14 @@ def part(messages: Sequence[dict[str, str]]) -> tuple[str | None, str]:
     except ValueError:
         return None, ""
     return prompt.name, " ".join([prompt.profile, *(text for _, text in prompt.others)])[:SHOWN_CHARACTERS]
+
+
+def company(messages: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """The names of the others in a system prompt of a known layout; none in any other."""
+    try:
+        return tuple(name for name, _ in RolePrompt.parse(messages[0]["content"]).others)
+    except ValueError:
+        return ()
 
 
 def summarise(
@@ -177,7 +187,8 @@ def summarise(
             },
         }
     secrets = [(t.scene.secret_object, t.scene.secret_place) if t.scene else () for t in tasks]
-    return figures | vitals(replies, names=[task.character for task in tasks], secrets=secrets).as_dict()
+    names, others = [task.character for task in tasks], [task.others for task in tasks]
+    return figures | vitals(replies, names=names, secrets=secrets, others=others).as_dict()
 
 
 def sample_rows(
