@@ -25,6 +25,7 @@ SUMMARIES = {
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
     "verify": "compare two checkpoints tensor by tensor: her-nemo verify A B",
     "evaluate": "replies from vLLM on held-out prompts, scored",
+    "judge": "how well a judge of two replies judges, on held-out pairs",
     "evaluate_coser": "CoSER's scenes played and judged: her-nemo evaluate benchmark=coser",
     "evaluate_roleplay_bench": "long self-play judged for misalignment: her-nemo evaluate benchmark=roleplay_bench",
     "evaluate_reward_model": "a reward model on labelled pairs: her-nemo evaluate benchmark=reward_model",
@@ -32,6 +33,8 @@ SUMMARIES = {
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
+    "data_judge": "preference pairs -> a judge's prompts, both orders, balanced",
+    "chat": "talk to a model in a scene (--web: in the browser), and keep it as data",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 
@@ -99,6 +102,8 @@ def _dispatch(words: list[str]) -> int:
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
+    if stage == "chat":
+        rest = ["web=true" if word == "--web" else word for word in rest]
     if stage == "verify":
         rest = _named(rest, ("a", "b"))
     config = _checked(stage, rest)

@@ -43,6 +43,7 @@ class RewardMix(Section):
 
     scalar: NonNegativeFloat = knob(1.0, "Weight of the scalar reward model.")
     rules: NonNegativeFloat = knob(1.0, "Weight of the rules' sum.")
+    generative: NonNegativeFloat = knob(0.0, "Weight of the judge's comparisons.")
 
 
 class RewardRules(Section):
@@ -54,6 +55,58 @@ class RewardRules(Section):
     repetition: NonNegativeFloat = knob(0.0, "1 less the share of 4-grams that stood in the reply before.")
     min_words: PositiveInt = knob(5, "Shortest visible reply without a loss, words.")
     max_words: PositiveInt = knob(120, "Longest visible reply without a loss, words; twice as many get 0.")
+
+
+class JudgeSource(Section):
+    """`reward.generative.judge.*`: who compares replies: a checkpoint in this process, or servers."""
+
+    restore_from_path: str | None = knob(
+        None, "A judge's checkpoint, loaded frozen beside the policy: a run's directory, or a Hugging Face directory."
+    )
+    servers: list[str] = knob(
+        [], "OpenAI-compatible servers in place of a checkpoint, as http://HOST:8000/v1."
+    )
+    model: str | None = knob(None, "With servers: the judge's name there.")
+    api_key_env: str | None = knob(None, "With servers: the environment variable that holds the key; null sends none.")
+    structured_output: bool = knob(True, "With servers: hold the answer to the verdict's JSON schema.")
+    concurrency: PositiveInt = knob(32, "With servers: requests that a replica has under way, for each server.")
+    timeout_seconds: PositiveFloat = knob(300.0, "With servers: longest wait for one answer.")
+    retries: NonNegativeInt = knob(
+        4, "With servers: further attempts at a request that failed, on another server where there is one."
+    )
+    brief: bool = knob(False, "Ask in one line, for a judge that was trained so; else with HER's instructions.")
+    temperature: NonNegativeFloat = knob(0.0, "0 is greedy: the same question has the same answer.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling of the verdict; 1 turns it off.")
+    max_tokens: PositiveInt = knob(1024, "Longest verdict, tokens, its reasoning included.")
+    micro_batch_size: PositiveInt = knob(16, "With a checkpoint: verdicts generated together on one replica.")
+
+
+class Generative(Section):
+    """`reward.generative.*`: replies compared pairwise by a judge, for reward.kind=generative and mix."""
+
+    against: Literal["sft", "reference", "group"] = knob(
+        "sft",
+        "What a reply is compared with: the frozen start's reply; a reply of the data; the others to its prompt.",
+    )
+    replies: str | None = knob(
+        None,
+        "The replies to compare with, in a file of SFT rows (messages that end with the reply). reference needs it; "
+        "with sft null generates them.",
+    )
+    judge: JudgeSource = JudgeSource()
+    max_unparsed: Annotated[float, Field(ge=0.0, le=1.0)] = knob(
+        0.2, "Share of a rollout's verdicts that may be unreadable; with more the run stops."
+    )
+    cache_dir: str | None = knob(
+        None, "A directory where verdicts are kept, for other runs too; null keeps them in memory."
+    )
+
+
+class RewardVerdict(Section):
+    """`reward.verdict.*`: what a judge in training earns, for reward.kind=verdict (docs/judge.md)."""
+
+    correct: NonNegativeFloat = knob(1.0, "For a verdict that agrees with the label of its row.")
+    valid: NonNegativeFloat = knob(0.2, "For a verdict that can be read.")
 
 
 class Diversity(Section):
@@ -79,3 +132,47 @@ class Diversity(Section):
     def rewarded(self) -> bool:
         """Whether differing is part of the reward."""
         return self.pattern_weight > 0 or self.text_weight > 0
+
+
+class DialogueSimulator(Section):
+    """`model.ppo.dialogue.simulator.*`: who plays the other character."""
+
+    kind: Literal["script", "openai"] = knob(
+        "script", "script: the lines of dialogue.scenes; openai: a model behind an OpenAI-compatible server (vLLM)."
+    )
+    servers: list[str] = knob(
+        [], "openai: base URLs, as http://HOST:8000/v1; conversations are dealt out over them, and moved if one dies."
+    )
+    model: str | None = knob(None, "openai: the model's name at the servers.")
+    api_key_env: str | None = knob(None, "openai: environment variable that holds the key; null sends none.")
+    temperature: NonNegativeFloat = knob(1.0, "openai: softmax temperature of its turns; 0 is greedy.")
+    max_tokens: PositiveInt = knob(
+        256, "Longest turn of the simulator, tokens; a longer one is cut."
+    )
+    attempts: PositiveInt = knob(
+        3, "openai: times a turn is asked for before one without speech and action stands as a silence."
+    )
+    concurrency: PositiveInt = knob(64, "openai: requests under way at a time at each server, by each replica.")
+    timeout_seconds: PositiveFloat = knob(120.0, "openai: longest wait for one turn.")
+    retries: NonNegativeInt = knob(3, "openai: retries of a request before its server counts as lost.")
+
+
+class Dialogue(Section):
+    """`model.ppo.dialogue.*`: conversations with a simulator in place of single replies (docs/rollouts.md)."""
+
+    turns: PositiveInt = knob(1, "Turns of the policy in each conversation, each a sample; 1: no simulator.")
+    credit: Literal["conversation", "last", "to_go", "turn"] = knob(
+        "conversation",
+        "What a turn's reward is: conversation: the mean score of all its turns; last: the score of the last one; "
+        "to_go: its own and later ones, discounted; turn: its own.",
+    )
+    discount: Annotated[float, Field(ge=0.0, le=1.0)] = knob(1.0, "credit=to_go: discount of later scores, per turn.")
+    scenes: list[str] = knob(
+        [], "JSON lines by trace_id: who the simulator plays and what it is told or says; empty: from the prompts."
+    )
+    simulator: DialogueSimulator = DialogueSimulator()
+
+    @property
+    def on(self) -> bool:
+        """Whether conversations are generated."""
+        return self.turns > 1

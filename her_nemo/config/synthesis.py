@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from her_nemo.config.endpoints import RequestLimits
 from her_nemo.config.sections import Fraction, Section, StageConfig, TopP, knob, required
 
-SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles"]
+SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles", "judge"]
 
 
 class SynthesisSampling(Section):
@@ -82,14 +82,26 @@ class PrinciplesStage(Section):
     min_cluster: PositiveInt = knob(2, "Cases a cluster needs to enter the library.")
 
 
+class JudgeTranscripts(Section):
+    """`judge.*`: transcripts for the SFT of a judge, from preference pairs (docs/judge.md)."""
+
+    library: str | None = knob(
+        None, "Principles shown to the labeller, a file as stage=principles writes it; null: those of her_nemo."
+    )
+    balance: bool = knob(
+        True, "Leave out pairs until neither length nor the number of tags tells which reply is better."
+    )
+    brief: bool = knob(False, "One line of instructions in the judge's own prompt, in place of HER's.")
+
+
 class SynthesiseConfig(StageConfig):
     """`her-nemo data synthesise`."""
 
     stage: SynthesisStage = required(
-        "What to write: role_thinking, system_thinking, settings, all, principles."
+        "What to write: role_thinking, system_thinking, settings, all, principles, judge."
     )
     source: str = required(
-        "Conversations (JSONL or Parquet from data ingest); for principles preference pairs."
+        "Conversations (JSONL or Parquet from data ingest); for principles and judge preference pairs."
     )
     out: str = required("Directory for the results.")
     endpoint: str = required("Base URL of an OpenAI-compatible API, e.g. http://localhost:8000/v1.")
@@ -117,3 +129,4 @@ class SynthesiseConfig(StageConfig):
     system_thinking: SystemThinking = SystemThinking()
     settings: Settings = Settings()
     principles: PrinciplesStage = PrinciplesStage()
+    judge: JudgeTranscripts = JudgeTranscripts()

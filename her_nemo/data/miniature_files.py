@@ -11,7 +11,15 @@ from typing import Any
 
 from her_nemo.data.miniature import Scene, Split, make_splits, sample_scenes
 from her_nemo.data.miniature_flaws import SFT_RATES, flawed_reply, sample_flaws, sample_pair_flaws
-from her_nemo.data.miniature_text import gossip, lore, prompt_messages, rhyme, story
+from her_nemo.data.miniature_text import (
+    PARTNER_LINES,
+    gossip,
+    lore,
+    partner_lines,
+    prompt_messages,
+    rhyme,
+    story,
+)
 from her_nemo.data.tokenizer import train_tokenizer
 
 PRETRAIN_SHARES = {"story": 0.3, "lore": 0.23, "gossip": 0.2, "rhyme": 0.27}  # kinds of document
@@ -47,7 +55,7 @@ class WorldSummary:
 def write_world(out_dir: str | Path, seed: int, sizes: WorldSizes | None = None) -> WorldSummary:
     """Writes world `seed` under `out_dir`; the same seed and sizes give the same bytes.
 
-    Only `prompts_test.jsonl` and `oracle/test_scenes.jsonl` come from the test split (see `make_splits`).
+    Only the files with `test` in their names come from the test split (see `make_splits`).
     """
     sizes = sizes or WorldSizes()
     out = Path(out_dir)
@@ -67,6 +75,10 @@ def write_world(out_dir: str | Path, seed: int, sizes: WorldSizes | None = None)
         "pairs_val.jsonl": _pair_rows(seed, "pairs-val", train, sizes.pairs_val, 0.0),
         "prompts_train.jsonl": _prompt_rows(seed, sample_scenes(seed, "prompts", train, sizes.prompts_train)),
         "prompts_test.jsonl": _prompt_rows(seed, test_scenes),
+        "partners_train.jsonl": _partner_rows(
+            seed, train, sample_scenes(seed, "prompts", train, sizes.prompts_train)
+        ),
+        "partners_test.jsonl": _partner_rows(seed, test, test_scenes),
         "oracle/test_scenes.jsonl": (scene.to_json() for scene in test_scenes),
     }
     rows = {name: _write(out / name, content) for name, content in files.items()}
@@ -122,6 +134,13 @@ def _pair_rows(seed: int, purpose: str, split: Split, count: int, noise: float) 
 def _prompt_rows(seed: int, scenes: Iterable[Scene]) -> Iterator[dict[str, Any]]:
     for scene in scenes:
         yield {"trace_id": scene.trace_id, "messages": prompt_messages(_words_rng(seed, scene), scene)}
+
+
+def _partner_rows(seed: int, split: Split, scenes: Iterable[Scene]) -> Iterator[dict[str, Any]]:
+    for scene in scenes:
+        rng = random.Random(f"partner-{seed}-{scene.trace_id}")
+        lines = partner_lines(rng, split, scene, PARTNER_LINES)
+        yield {"trace_id": scene.trace_id, "partner": scene.speaker, "lines": lines}
 
 
 def _words_rng(seed: int, scene: Scene) -> random.Random:

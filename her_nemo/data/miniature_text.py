@@ -13,6 +13,7 @@ from itertools import pairwise
 from her_nemo.data.miniature import (
     FIRST_NAMES,
     GOALS,
+    INTENTS,
     LAST_NAMES,
     MOOD_OF,
     MOODS,
@@ -25,6 +26,7 @@ from her_nemo.data.miniature import (
     TEMPERAMENTS,
     Exchange,
     Scene,
+    Split,
     StyleKind,
 )
 from her_nemo.roleplay.prompt import Message, RolePrompt, Utterance, build_messages
@@ -57,6 +59,7 @@ MESSAGES = {
     ),
     "praise": ("What a fine {o}!", "I admire the {o}.", "Nobody has such a {o}.", "I like the {o} you have."),
 }
+PARTNER_LINES = 4  # further messages of the character who spoke last, for conversations of up to five turns
 REPORTS = {
     "request": "{s} asks for the {o}",
     "accuse": "{s} complains about the {o}",
@@ -306,6 +309,15 @@ def said_text(scene: Scene, exchange: Exchange | None = None) -> str:
     said = exchange or scene
     wording = MESSAGES[said.intent][said.message_wording].format(o=said.object)
     return f"{said.speaker}: {wording}"
+
+
+def partner_lines(rng: random.Random, split: Split, scene: Scene, count: int) -> list[str]:
+    """What the character who spoke last goes on to say, one message after each answer: each of an intent that `split`
+    has for these two, about an object that was not spoken of yet. The answers themselves change nothing."""
+    intents = [i for i in INTENTS if (scene.temperament, scene.relation, i) in split.triples]
+    spoken = {scene.object, *(exchange.object for exchange in scene.history)}
+    objects = rng.sample([thing for thing in OBJECTS if thing not in spoken], count)
+    return [rng.choice(MESSAGES[rng.choice(intents)]).format(o=thing) for thing in objects]
 
 
 def gossip(rng: random.Random, scene: Scene) -> str:

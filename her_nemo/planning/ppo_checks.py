@@ -25,9 +25,13 @@ def _groups(config: PpoConfig, replicas: int) -> Iterator[Problem]:
         config.model.ppo.num_rollout_samples,
         config.model.global_batch_size,
     )
+    turns, whole = config.model.ppo.dialogue.turns, group * replicas
+    if turns > 1 and samples % (turns * whole):
+        product = f"model.ppo.dialogue.turns {turns} x {GROUP} {group} x data-parallel size {replicas}"
+        hint = f"use {ROLLOUTS}={-(-samples // (turns * whole)) * turns * whole}"
+        yield Problem(ROLLOUTS, f"{samples} is not a multiple of {product} = {turns * whole}", hint=hint)
     if group > 1:
-        whole = group * replicas
-        for key, count in ((ROLLOUTS, samples), ("model.global_batch_size", batch)):
+        for key, count in ((ROLLOUTS, samples if turns == 1 else 0), ("model.global_batch_size", batch)):
             if count % whole:
                 text = f"{count} is not a multiple of {GROUP} {group} x data-parallel size {replicas} = {whole}"
                 yield Problem(key, text, hint=f"use {key}={-(-count // whole) * whole}")
@@ -65,8 +69,11 @@ def _reward(config: PpoConfig) -> Iterator[Problem]:
     weighs = reward.kind == "rules" or (reward.kind == "mix" and reward.mix.rules > 0)
     if weighs and not (rules.format or rules.leak or rules.length or rules.repetition):
         yield Problem("reward.rules", "every rule has weight 0", hint="give one of them a weight")
-    if reward.kind == "mix" and not (reward.mix.scalar or reward.mix.rules):
+    if reward.kind == "mix" and not (reward.mix.scalar or reward.mix.rules or reward.mix.generative):
         yield Problem("reward.mix", "every part has weight 0", hint="give one of them a weight")
+    if reward.kind == "verdict" and not reward.verdict.correct:
+        text = "0: a judge would learn the form of a verdict and nothing else"
+        yield Problem("reward.verdict.correct", text, hint="give it a weight, 1 say")
     if rules.min_words > rules.max_words:
         yield Problem("reward.rules.min_words", f"{rules.min_words} is more than max_words = {rules.max_words}")
     if variety.rewarded and config.model.ppo.num_samples_per_prompt < 2:

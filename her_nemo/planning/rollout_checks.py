@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from her_nemo.config.architecture import Shape
 from her_nemo.config.errors import Problem
@@ -19,6 +20,7 @@ def check(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
     """`shape`: of the actor, as far as it is known."""
     yield from _rollout_engine(config)
     yield from _vllm_on_cpu(config, shape)
+    yield from _dialogue(config)
 
 
 def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
@@ -71,3 +73,52 @@ def _vllm_on_cpu(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
         text = f"vLLM has no attention for heads of {head} on CPU"
         hint = f"use a model with heads of {', '.join(map(str, VLLM_CPU_HEADS))}, or the megatron engine"
         yield Problem("model.ppo.rollout_engine", text, hint=hint)
+
+
+def _dialogue(config: PpoConfig) -> Iterator[Problem]:
+    """Conversations: keys that do nothing, a simulator that is not there, and what does not go with them."""
+    ppo, dialogue, prefix = config.model.ppo, config.model.ppo.dialogue, "model.ppo.dialogue"
+    simulator = dialogue.simulator
+    if not dialogue.on:
+        for name in sorted(_changed(dialogue) - {"simulator"}) + sorted(
+            f"simulator.{name}" for name in _changed(simulator)
+        ):
+            hint = f"set {prefix}.turns to 2 or more, or leave it out"
+            yield Problem(f"{prefix}.{name}", f"has no effect with {prefix}.turns=1", hint=hint)
+        return
+    if ppo.one_step_off:
+        text = "a conversation is generated turn by turn, and the next one cannot be begun beside training"
+        yield Problem("model.ppo.one_step_off", text, hint=f"set it to false, or {prefix}.turns=1")
+    if config.reward.kind == "verdict":
+        text = "verdict: a judge answers a prompt once, there is no conversation"
+        yield Problem("reward.kind", text, hint=f"use another reward, or {prefix}.turns=1")
+    against = config.reward.generative.against
+    if config.reward.is_judged and against != "sft":
+        text = f"{against}: replies of a later turn answer a prompt of their own, which no other reply answers"
+        yield Problem("reward.generative.against", text, hint=f"use sft, or {prefix}.turns=1")
+    if dialogue.discount != 1.0 and dialogue.credit != "to_go":
+        text = f"has no effect with {prefix}.credit={dialogue.credit}"
+        yield Problem(f"{prefix}.discount", text, hint=f"set {prefix}.credit=to_go, or leave it out")
+    for path in dialogue.scenes:
+        if not Path(path).is_file():
+            yield Problem(f"{prefix}.scenes", f"{path}: no such file", hint="give JSON-lines files")
+    scripted = simulator.kind == "script"
+    if scripted and not dialogue.scenes:
+        hint = f"give files with lines, or set {prefix}.simulator.kind=openai"
+        yield Problem(f"{prefix}.scenes", "has to be given: a scripted simulator says its lines", hint=hint)
+    served = {"servers", "model", "api_key_env", "temperature", "attempts", "concurrency", "timeout_seconds", "retries"}
+    for name in sorted(served & _changed(simulator)) if scripted else ():
+        hint = f"set {prefix}.simulator.kind=openai, or leave it out"
+        yield Problem(f"{prefix}.simulator.{name}", f"has no effect with {prefix}.simulator.kind=script", hint=hint)
+    for name in ("servers", "model") if not scripted else ():
+        if not getattr(simulator, name):
+            text = f"has to be given for {prefix}.simulator.kind=openai"
+            hint = "give base URLs (http://HOST:8000/v1) and the model's name there"
+            yield Problem(f"{prefix}.simulator.{name}", text, hint=hint)
+    for url in simulator.servers:
+        if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
+            yield Problem(f"{prefix}.simulator.servers", f"{url!r} is no URL", hint="give http://HOST:PORT/v1")
+    room = config.model.encoder_seq_length - ppo.length_params.max_length
+    if simulator.max_tokens >= room:
+        text = f"{simulator.max_tokens} leaves no room for a prompt: encoder_seq_length less max_length is {room}"
+        yield Problem(f"{prefix}.simulator.max_tokens", text, hint="make it smaller")

@@ -29,6 +29,7 @@ __all__ = [
     "Message",
     "RolePrompt",
     "Utterance",
+    "add_utterance",
     "build_messages",
     "drop_oldest_turns",
     "render_utterance",
@@ -85,28 +86,46 @@ def build_messages(
     """
     content = system.text(layout, heading) if isinstance(system, RolePrompt) else system
     messages: list[Message] = [{"role": "system", "content": content}]
-    heard: list[str] = []
-
-    def flush() -> None:
-        first = len(messages) == 1
-        if heard or first:
-            head = CONVERSATION_START if first else ""
-            messages.append({"role": "user", "content": head + "\n\n".join(heard)})
-            heard.clear()
-
     for utterance in history:
-        if same_name(utterance.speaker, me):
-            verbatim = mine is Reader.SELF_NOW
-            text = utterance.text if verbatim else render_utterance(utterance, mine, layout.dialect)
-            if text:
-                flush()
-                messages.append({"role": "assistant", "content": text})
-        else:
-            text = render_utterance(utterance, Reader.OTHER_CHARACTER, layout.dialect)
-            if text:
-                heard.append(text)
-    flush()
+        add_utterance(messages, me, utterance, layout, mine)
+    if len(messages) == 1:
+        messages.append({"role": "user", "content": CONVERSATION_START})
     return messages
+
+
+def add_utterance(
+    messages: list[Message],
+    me: str,
+    utterance: Utterance,
+    layout: Layout = Layout.HER,
+    mine: Reader = Reader.SELF_LATER,
+) -> bool:
+    """Append one turn to a prompt of `me`, as `build_messages` would have. Returns whether `me` sees anything of it;
+    if not, the prompt stays as it is.
+
+    `messages` begins with a system or a user message. What others say after another user message becomes part of it.
+    """
+    own = same_name(utterance.speaker, me)
+    if own and mine is Reader.SELF_NOW:
+        text = utterance.text
+    else:
+        text = render_utterance(utterance, mine if own else Reader.OTHER_CHARACTER, layout.dialect)
+    if not text:
+        return False
+    opened = messages[-1]["role"] != "system"
+    if own:
+        if not opened:
+            messages.append({"role": "user", "content": CONVERSATION_START})
+        messages.append({"role": "assistant", "content": text})
+    elif not opened:
+        messages.append({"role": "user", "content": CONVERSATION_START + text})
+    elif messages[-1]["role"] == "user":
+        before = messages[-1]["content"]
+        only_head = before.strip() == CONVERSATION_START.strip()
+        messages[-1] = {"role": "user", "content": (CONVERSATION_START if only_head else before + "\n\n") + text}
+    else:
+        messages.append({"role": "user", "content": text})
+    return True
 
 
 def drop_oldest_turns(messages: Sequence[Message], count: int) -> list[Message] | None:

@@ -230,21 +230,20 @@ def main(arguments: Sequence[str]) -> int:
     given, further = parser().parse_known_args(arguments)
     try:
         require_vllm()
-        config = read_hf_config(given.model)
+        options = ServerOptions(
+            model=given.model,
+            dtype=given.dtype,
+            max_model_len=given.max_model_len or int(read_hf_config(given.model)["max_position_embeddings"]),
+            max_num_seqs=given.max_num_seqs,
+            tensor_parallel_size=given.tensor_parallel_size,
+            gpu_memory_utilization=given.gpu_memory_utilization,
+            prefix_caching=given.prefix_caching,
+            backend="nccl" if given.sync == "nccl" else "her_nemo_files",
+        )
+        words = [*command(options, given.port, host=given.host), *further]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options = ServerOptions(
-        model=given.model,
-        dtype=given.dtype,
-        max_model_len=given.max_model_len or int(config["max_position_embeddings"]),
-        max_num_seqs=given.max_num_seqs,
-        tensor_parallel_size=given.tensor_parallel_size,
-        gpu_memory_utilization=given.gpu_memory_utilization,
-        prefix_caching=given.prefix_caching,
-        backend="nccl" if given.sync == "nccl" else "her_nemo_files",
-    )
-    words = [*command(options, given.port, host=given.host), *further]
     if given.print:
         variables = environment(options, {})
         named = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items()))

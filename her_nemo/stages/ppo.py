@@ -21,15 +21,18 @@ from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
-from her_nemo.rewards.reward import Replies, Reward
+from her_nemo.rewards.reward import Replies, Reward, begin_scoring
 from her_nemo.rollout import experience as ex
+from her_nemo.rollout.dialogue import Dialogues
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
 from her_nemo.rollout.invariants import check_masks, check_rollout_gap, check_unmoved_kl, check_versions
+from her_nemo.rollout.open_dialogue import open_dialogues
 from her_nemo.rollout.open_engine import open_engine
 from her_nemo.stages import ppo_tags as tags
+from her_nemo.stages.ppo_judge import generative_reward
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
-from her_nemo.stages.ppo_rewards import build_reward, with_diversity
+from her_nemo.stages.ppo_rewards import build_reward, with_credit, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, global_sums
@@ -44,14 +47,16 @@ def run(cfg: PpoConfig) -> int:
     with open_run(cfg) as here, ExitStack() as closing:
         tokeniser = Tokeniser(here.tokenizer)
         prompts, held_out = load_prompts(cfg, tokeniser, here.directory)
+        talks = open_dialogues(cfg, tokeniser, prompts, held_out)
         warmup, last = ppo.critic_warmup_steps, ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, judge = build_models(cfg, here, last)
-        reward = build_reward(cfg, judge)
+        judged = generative_reward(cfg, reference, tokeniser, sampling_of(cfg, tokeniser), (prompts, held_out))
+        reward = build_reward(cfg, judge, judged)
         engine = closing.enter_context(
             open_engine(cfg, actor.model, pad_id=tokeniser.pad_id, run_dir=here.directory)
         )
-        asked = model.ppo.num_rollout_samples // model.ppo.num_samples_per_prompt
-        sampler = GlobalBatchSampler(len(prompts), asked, model.seed, model.data.shuffle)
+        group = model.ppo.num_samples_per_prompt
+        sampler = GlobalBatchSampler(len(prompts), model.ppo.num_prompts, model.seed, model.data.shuffle)
         order, state = Upcoming(sampler), PpoState(cfg)
         done = here.resume([learner for learner in (actor, critic) if learner is not None], order, state)
         engine.update_weights(hf_tensors(actor.model), version=done)
@@ -61,20 +66,26 @@ def run(cfg: PpoConfig) -> int:
             under_nemo_aligner(cfg, here, (actor, critic, reference, judge), engine, prompts, held_out,
                                tokeniser, sampler, done)  # fmt: skip
             return 0
-        version, shaped = done, with_diversity(cfg, reward)
+        version, shaped = done, with_credit(cfg, with_diversity(cfg, reward))
         for step in here.steps(done + 1, last, "ppo"):
             with here.timers("generate"):
-                experience, replies = generate(cfg, engine, [prompts[i] for i in order.take()], tokeniser, step)
+                asked = [prompts[i] for i in order.take()]
+                experience, replies = generate(cfg, engine, asked, tokeniser, step, group, talks)
             if model.ppo.one_step_off and step < last:
-                engine.start(*request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1))
+                asked, *how = request(cfg, [prompts[i] for i in order.peek()], tokeniser, step + 1, group)
+                engine.start(token_ids(asked), *how)
             here.metrics.log(step, engine.tags())
+            if talks is not None:
+                report_dialogues(here, step, talks)
             with here.timers("score"):
-                told = ex.score(experience, replies, shaped)
+                begin_scoring(shaped, replies)  # a judge behind servers is at work from now on
             with here.timers("log_probs"):
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                 )  # fmt: skip
+            with here.timers("score"):
+                told = ex.score(experience, replies, shaped)
             gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
             check_versions(experience, version, step, allowed=engine.staleness)
             told |= ex.correct_for_engine(experience, model.ppo.importance)
@@ -102,7 +113,7 @@ def run(cfg: PpoConfig) -> int:
                 lead_kl(here, step, state, rollout)
             if held_out and (step % ppo.val_check_interval == 0 or step == last):
                 with here.timers("validate"):
-                    validate(cfg, here, step, engine, held_out, reward, tokeniser)
+                    validate(cfg, here, step, engine, held_out, with_credit(cfg, reward), tokeniser, talks)
             if stop:
                 stop_collapsed(here, step, state)
             if step % ppo.save_interval == 0 or step == last:
@@ -129,7 +140,9 @@ def under_nemo_aligner(
         prompts=prompts,
         held_out=held_out,
         tokeniser=tokeniser,
-        generate=lambda chosen, step: generate(cfg, engine, list(chosen), tokeniser, step)[0],
+        generate=lambda chosen, step: generate(
+            cfg, engine, list(chosen), tokeniser, step, cfg.model.ppo.num_samples_per_prompt
+        )[0],
         policy_objective=policy_objective(cfg, 0.0),  # the penalty is in the reward
         value_objective=value_objective(cfg),
         on_unmoved=lambda sums, step: unmoved(here, step, cfg)(sums),
@@ -191,16 +204,24 @@ def build_reference(cfg: PpoConfig, here: Run, actor: Learner) -> Model:
 
 
 def request(
-    cfg: PpoConfig, prompts: list[Prompt], tokeniser: Tokeniser, step: int, samples_per_prompt: int | None = None
-) -> tuple[list[list[int]], Sampling, int, list[int]]:
-    """What the engine is asked for: this replica's share of a rollout, all replies to every data_size-th prompt from
-    its data rank on; how to sample; a seed; and the numbers of those replies.
+    cfg: PpoConfig, prompts: list[Prompt], tokeniser: Tokeniser, step: int, samples: int
+) -> tuple[list[Prompt], Sampling, int, list[int]]:
+    """What the engine is asked for: this replica's share of a rollout, `samples` replies to every data_size-th prompt
+    from its data rank on (a prompt for each); how to sample; a seed; and the numbers of those replies.
 
     What is drawn for a reply depends on model.seed, the step and the reply's place in the whole rollout.
     """
-    ppo = cfg.model.ppo
     mine = range(parallel.data_rank(), len(prompts), parallel.data_size())
-    sampling = Sampling(
+    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
+    asked = [prompts[index] for index, _ in places]
+    seed = cfg.model.seed * 100_003 + step
+    return asked, sampling_of(cfg, tokeniser), seed, [place for _, place in places]
+
+
+def sampling_of(cfg: PpoConfig, tokeniser: Tokeniser) -> Sampling:
+    """How the tokens of a reply are drawn."""
+    ppo = cfg.model.ppo
+    return Sampling(
         temperature=ppo.sampling_params.temperature,
         top_k=ppo.sampling_params.top_k,
         top_p=ppo.sampling_params.top_p,
@@ -208,10 +229,10 @@ def request(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    samples = samples_per_prompt or ppo.num_samples_per_prompt
-    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
-    asked = [prompts[index].token_ids.tolist() for index, _ in places]
-    return asked, sampling, cfg.model.seed * 100_003 + step, [place for _, place in places]
+
+
+def token_ids(prompts: Sequence[Prompt]) -> list[list[int]]:
+    return [prompt.token_ids.tolist() for prompt in prompts]
 
 
 def generate(
@@ -220,15 +241,23 @@ def generate(
     prompts: list[Prompt],
     tokeniser: Tokeniser,
     step: int,
-    samples_per_prompt: int | None = None,
+    samples: int,
+    talks: Dialogues | None = None,
 ) -> tuple[Experience, Replies]:
-    """This replica's share of a rollout. `samples_per_prompt`: None takes model.ppo.num_samples_per_prompt."""
-    samples = samples_per_prompt or cfg.model.ppo.num_samples_per_prompt
+    """This replica's share of a rollout: `samples` replies to each prompt, or as many conversations from it."""
     asked, sampling, seed, places = request(cfg, prompts, tokeniser, step, samples)
-    rollout = engine.generate(asked, sampling, seed, indices=places)
+    if talks is None:
+        rollout = engine.generate(token_ids(asked), sampling, seed, indices=places)
+    else:
+        rollout = talks.generate(engine, asked, sampling, seed, places, samples)
+    turns = 1 if talks is None else talks.turns
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
-        rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
+        rollout,
+        kinds,
+        pad_id=tokeniser.pad_id,
+        length=cfg.trainer.ppo.rollout_batch_seq_length,
+        shared_by=samples if cfg.model.ppo.share_prompts else None,
     )
     replies = Replies(
         prompts=[tokeniser.decode(ids, skip_special_tokens=False) for ids in rollout.prompt_ids],
@@ -239,6 +268,8 @@ def generate(
         tokens_BS=experience.tokens_BS,
         lengths_B=experience.lengths_B,
         group_size=samples,
+        trace_ids=[prompt.trace_id for prompt in asked for _ in range(turns)],
+        turns=turns,
     )
     return experience, replies
 
@@ -279,9 +310,16 @@ def report_rollout(
         tags.write_samples(here.directory, step, rows)
         here.metrics.text(step, "rollout/reply", replies.texts[0])
     tags.summarise(here.summary, sums, gap)
-    size = replies.group_size
+    size = replies.group_size * replies.turns
     groups = [[part[at : at + size] for part in parts] for at in range(0, len(parts[0]), size)]
     return sums, [text for row in groups for group in row for text in group]
+
+
+def report_dialogues(here: Run, step: int, talks: Dialogues) -> None:
+    """Log what the conversations of a rollout were like, and keep some, as replica 0 had them."""
+    here.metrics.log(step, talks.tags())
+    if here.main:
+        tags.write_samples(here.directory, step, talks.transcripts, kind="dialogues_")
 
 
 def lead_kl(here: Run, step: int, state: PpoState, rollout: dict[str, float]) -> None:
@@ -300,9 +338,10 @@ def validate(
     prompts: list[Prompt],
     reward: Reward,
     tokeniser: Tokeniser,
+    talks: Dialogues | None = None,
 ) -> None:
     """Reward of replies to held-out prompts (collective). Each validation draws with the same random numbers."""
-    experience, replies = generate(cfg, engine, prompts, tokeniser, step=0, samples_per_prompt=1)
+    experience, replies = generate(cfg, engine, prompts, tokeniser, step=0, samples=1, talks=talks)
     ex.score(experience, replies, reward)
     sums = global_sums([ex.reply_statistics(experience)])
     here.metrics.log(step, tags.validation_tags(sums))

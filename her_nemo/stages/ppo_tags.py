@@ -112,9 +112,9 @@ def summarise(summary: dict[str, Any], sums: dict[str, float], gap: float) -> No
     summary["logprob_gap_max"] = max(gap, summary.get("logprob_gap_max", 0.0))
 
 
-def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
-    """`<run>/samples/step_00000012.jsonl`: what was asked, what came, and its reward."""
+def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]], kind: str = "") -> None:
+    """`<run>/samples/step_00000012.jsonl`: what was asked, what came, and its reward. `kind` goes before the name."""
     directory = run_dir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (directory / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+    (directory / f"{kind}step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from her_nemo.config import (
+    chat,
     endpoints,
     evaluation,
     reward_bench,
@@ -29,7 +30,9 @@ from her_nemo.config.schema import ARCHITECTURE_KEYS, STAGES
 PACKAGE = Path(schema.__file__).parents[1]
 SECTIONS = {
     name: value
-    for module in (endpoints, evaluation, reward_bench, rl, roleplay_bench, schema, sections, synthesis)
+    for module in (
+        chat, endpoints, evaluation, reward_bench, rl, roleplay_bench, schema, sections, synthesis
+    )
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, BaseModel)
 }
