@@ -219,6 +219,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answered", [5, 31])
 def test_killed_and_run_again_nothing_is_asked_twice(serve, scenes, tmp_path, answered) -> None:
     fine = cast(order=("Bob", "Ann", "Environment"))
