@@ -12,14 +12,19 @@ from her_nemo.config.sections import StageConfig
 
 
 class RewardBenchConfig(StageConfig):
-    """`her-nemo evaluate benchmark=reward_model`: a scalar reward model on labelled pairs."""
+    """`her-nemo evaluate benchmark=reward_model`: a scalar reward model on labelled pairs, or a judge's verdicts."""
 
-    model: str = required(
-        "The reward model: a Hugging Face directory with a scalar head (her-nemo export writes it)."
+    model: str | None = knob(
+        None, "The reward model: a Hugging Face directory with a scalar head (her-nemo export writes it)."
     )
-    pairs: str = required("Labelled pairs: JSON lines or Parquet with messages, chosen, rejected.")
+    pairs: str | None = knob(
+        None, "Labelled pairs for the model: JSON lines or Parquet with messages, chosen, rejected."
+    )
+    verdicts: str | None = knob(
+        None, "Instead of model and pairs: samples.jsonl of her-nemo judge, verdicts on pairs in both orders."
+    )
     out: str = required("Directory for report.json, results.json and scenes.jsonl.")
-    num_pairs: Annotated[int, Field(ge=-1)] = knob(-1, "Pairs to take from the file's head; -1 takes all.")
+    num_pairs: Annotated[int, Field(ge=-1)] = knob(-1, "Rows to take from the file's head; -1 takes all.")
     dimension_key: str = knob(
         "dimension",
         "Field of a pair that says what its replies differ in, a text or a list; a pair may lack it.",

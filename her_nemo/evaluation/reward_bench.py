@@ -1,30 +1,26 @@
-"""A scalar reward model on labelled pairs: scores from transformers, the report, and the shared results.
+"""A reward model on labelled pairs: scores or verdicts become outcomes, the report, and the shared results.
 
 Written as results of a benchmark whose scenes are pairs, two reward models can be put side by side with
-`her-nemo evaluate compare`, and their accuracies differ by a paired interval.
+`her-nemo evaluate compare`, and their accuracies differ by a paired interval: a scalar one and a judge, too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import Qwen3ForSequenceClassification
-
-from her_nemo.config.errors import UserError
 from her_nemo.config.reward_bench import RewardBenchConfig
-from her_nemo.data.loaders import collate_pairs
-from her_nemo.data.tokenise import Dropped, Sample, Tokeniser, encode_pair
 from her_nemo.evaluation.endpoint import fingerprint
 from her_nemo.evaluation.preference_report import (
+    VALUES,
+    Order,
     Outcome,
     PairOutcome,
     PreferenceReport,
     length_group,
     outcome_of_scores,
+    outcome_of_verdict,
     preference_report,
 )
 from her_nemo.evaluation.results import (
@@ -38,70 +34,17 @@ from her_nemo.evaluation.results import (
     metrics_of,
     versions,
 )
-from her_nemo.rewards.scalar import score_at_last_token
 from her_nemo.roleplay.dialects import Dialect
 from her_nemo.roleplay.measures import words
+from her_nemo.roleplay.verdict import Winner
+
+if TYPE_CHECKING:  # it brings torch, which verdicts need not wait for
+    from her_nemo.data.tokenise import Dropped
 
 NAME = "reward_model"
-_VALUE = {Outcome.RIGHT: 1.0, Outcome.TIE: 0.5, Outcome.WRONG: 0.0}
+SCALAR, VERDICTS = "scalar", "verdicts"
+_ORDERS = {Winner.CAND_1: Order.CHOSEN_FIRST, Winner.CAND_2: Order.CHOSEN_SECOND, Winner.TIE: Order.NONE}
 Scores = tuple[float, float]
-
-
-@torch.no_grad()
-def score_pairs(
-    model: str | Path,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    max_length: int | None = None,
-    micro_batch_size: int = 8,
-    dtype: str = "auto",
-) -> Iterator[Scores | Dropped]:
-    """(score of the chosen reply, of the rejected one) of each pair in turn, or why it could not be scored.
-
-    Prompts and replies are encoded as in training, and the score is the scalar head at the reply's last token, in
-    fp32.
-
-    Raises:
-        UserError: the directory holds no scalar-headed Qwen3.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
-    network, info = Qwen3ForSequenceClassification.from_pretrained(
-        model, dtype=kind, local_files_only=True, output_loading_info=True
-    )
-    if info["missing_keys"] or network.score.out_features != 1:
-        raise UserError(
-            f"model={model}: no scalar-headed Qwen3 (missing: {', '.join(sorted(info['missing_keys'])) or 'none'}; "
-            f"{network.score.out_features} outputs); export a reward model and give that directory"
-        )
-    network = network.to(device).eval()
-    head = network.score.weight.float()
-    tokeniser = Tokeniser(Path(model))
-    limit = max_length or int(network.config.max_position_embeddings)
-    for start in range(0, len(rows), micro_batch_size):
-        encoded = [encode_pair(tokeniser, row, limit) for row in rows[start : start + micro_batch_size]]
-        whole = [pair for pair in encoded if not isinstance(pair, Dropped)]
-        scores = iter(_scores(network, head, whole, tokeniser.pad_id))
-        for pair in encoded:
-            yield pair if isinstance(pair, Dropped) else next(scores)
-
-
-def _scores(
-    network: Qwen3ForSequenceClassification,
-    head_1H: torch.Tensor,
-    pairs: Sequence[tuple[Sample, Sample]],
-    pad_id: int,
-) -> list[Scores]:
-    if not pairs:
-        return []
-    batch = collate_pairs(pairs, pad_id)
-    # On the right, padding is never attended to: attention is causal.
-    hidden_BSH = network.model(input_ids=batch["tokens_BS"].to(network.device)).last_hidden_state
-    values_BS = (hidden_BSH.float() @ head_1H.T).squeeze(-1)
-    scores = score_at_last_token(values_BS, batch["lengths_B"].to(values_BS.device)).tolist()
-    return list(zip(scores[0::2], scores[1::2], strict=True))
 
 
 def outcomes_of(
@@ -114,7 +57,7 @@ def outcomes_of(
         trace = row["trace_id"]
         pair_id = f"{trace}#{seen[trace]}" if seen[trace] else trace
         seen[trace] += 1
-        lost = isinstance(score, Dropped)
+        lost = not isinstance(score, tuple)
         found.append(
             PairOutcome(
                 pair_id,
@@ -136,64 +79,103 @@ def _dimensions(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(str(name) for name in given)
 
 
+def outcomes_of_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[PairOutcome]:
+    """The outcome of each row of `samples.jsonl` as `her-nemo judge` writes it: one order of a pair.
+
+    Raises:
+        KeyError, TypeError, ValueError: a row is not one of those.
+    """
+    found = []
+    for row in rows:
+        label = Winner(row["better"])
+        said = None if row["said"] is None else Winner(row["said"])
+        first, second = (int(count) for count in row["words"])
+        chosen, rejected = (second, first) if label is Winner.CAND_2 else (first, second)
+        order = _ORDERS[label]
+        found.append(
+            PairOutcome(
+                row["pair"] if order else row["trace_id"],
+                outcome_of_verdict(label, said),
+                chosen,
+                rejected,
+                order=order,
+                failure="" if said else (row["problem"] or "unreadable").split(":")[0],
+            )
+        )
+    return found
+
+
 def run_reward_bench(
-    cfg: RewardBenchConfig, rows: Sequence[Mapping[str, Any]], scores: Sequence[Scores | Dropped]
+    cfg: RewardBenchConfig, rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairOutcome]
 ) -> tuple[PreferenceReport, Results, list[Scene]]:
-    """(the report, the shared results, one scene a pair) from the scores."""
-    pairs = outcomes_of(cfg, rows, scores)
+    """(the report, the shared results, a scene for each pair and order) from the outcomes of the rows."""
     certainty = cfg.statistics
     drawn = {"resamples": certainty.resamples, "level": certainty.level, "seed": certainty.seed}
     report = preference_report(pairs, max_failure_share=certainty.max_failure_share, **drawn)
     scenes = [_scene(row, pair) for row, pair in zip(rows, pairs, strict=True)]
-    names = sorted({name for scene in scenes for name in scene.scores if name not in ("accuracy", "margin")})
-    metrics = metrics_of(scenes, [MetricName("accuracy", "judge"), MetricName("margin", "", None)], **drawn)
-    for name in names:
+    by_verdicts = cfg.verdicts is not None
+    names = [MetricName("accuracy", "judge"), *([] if by_verdicts else [MetricName("margin", "", None)])]
+    metrics = metrics_of(scenes, names, **drawn)
+    for name in sorted({name for scene in scenes for name in scene.info["groups"]}):
         own = [scene for scene in scenes if name in scene.info["groups"]]
         metrics += metrics_of(own, [MetricName(name, name.split(":")[0])], **drawn)
+    identity = {"verdicts": str(cfg.verdicts)}
+    if cfg.model is not None:
+        identity = {"model": cfg.model, "fingerprint": fingerprint(cfg.model)}
     results = Results(
         benchmark=NAME,
-        protocol="scalar",
+        protocol=VERDICTS if by_verdicts else SCALAR,
         name=cfg.name,
-        scenes=len(scenes),
-        runs=1,
+        scenes=len({scene.scene_id for scene in scenes}),
+        runs=len({scene.run for scene in scenes}),
         metrics=metrics,
         judgements=len(scenes),
         judgements_failed=report.overall.failed,
         simulations_failed=0,
         max_failure_share=certainty.max_failure_share,
         failures=count_failures(scenes),
-        models={"actor": {"model": str(cfg.model), "fingerprint": fingerprint(cfg.model)}},
+        models={"actor": identity},
         versions=versions(),
         settings={"pairs": cfg.pairs, "tie_margin": cfg.tie_margin, "max_length": cfg.max_length},
-        notes=("Ties count half. A pair is a scene; its value is 1, 0.5 or 0.",),
+        notes=(
+            "A pair is a scene; its value is 1, 0.5 (a tie) or 0.",
+            *(("Its repetitions are the orders: first with the better reply first.",) if by_verdicts else ()),
+        ),
     )
     return report, results, scenes
 
 
 def _scene(row: Mapping[str, Any], pair: PairOutcome) -> Scene:
     groups = [f"length:{length_group(pair.chosen_length, pair.rejected_length)}"]
+    groups += [f"order:{pair.order.value}"] if pair.order else []
     groups += [f"dimension:{name}" for name in pair.dimensions]
     scores: dict[str, float] = {}
     failures: tuple[Failure, ...] = ()
-    if pair.margin is None or pair.outcome is Outcome.FAILED:
-        said = pair.failure or "a score is not finite"
-        failures = (
-            Failure(FailureKind.TRUNCATED if pair.failure else FailureKind.UNPARSABLE, said, "model"),
-        )
+    if pair.outcome is Outcome.FAILED:
+        cut = "verdict" not in row and pair.failure  # a pair that did not fit in
+        kind = FailureKind.TRUNCATED if cut else FailureKind.UNPARSABLE
+        failures = (Failure(kind, pair.failure or "a score is not finite", "model"),)
     else:
-        scores = dict.fromkeys(("accuracy", *groups), _VALUE[pair.outcome]) | {"margin": pair.margin}
-    plain, her = Dialect.PLAIN.value, Dialect.HER.value
+        scores = dict.fromkeys(("accuracy", *groups), VALUES[pair.outcome])
+        scores |= {} if pair.margin is None else {"margin": pair.margin}
     return Scene(
         scene_id=pair.pair_id,
-        run=0,
+        run=int(pair.order is Order.CHOSEN_SECOND),
         title=pair.pair_id,
-        dialogue=(
-            Line("prompt", row["messages"][-1]["content"], "given", plain),
-            Line("chosen", row["chosen"], "chosen", her),
-            Line("rejected", row["rejected"], "rejected", her),
-        ),
+        dialogue=_lines(row),
         scores=scores,
         failures=failures,
         ended=pair.outcome.value,
         info={"groups": groups},
+    )
+
+
+def _lines(row: Mapping[str, Any]) -> tuple[Line, ...]:
+    plain, her = Dialect.PLAIN.value, Dialect.HER.value
+    if "verdict" in row:
+        return (Line("judge", row["verdict"], "actor", plain),)
+    return (
+        Line("prompt", row["messages"][-1]["content"], "given", plain),
+        Line("chosen", row["chosen"], "chosen", her),
+        Line("rejected", row["rejected"], "rejected", her),
     )

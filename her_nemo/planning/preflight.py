@@ -86,7 +86,8 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
     if isinstance(config, RoleplayBenchConfig):
         problems += roleplay_bench_checks.bench(config, environment or {})
     if isinstance(config, RewardBenchConfig):
-        problems += [*_source("model", config.model)[1], *roleplay_bench_checks.reward_model(config)]
+        found = [] if config.model is None else _source("model", config.model)[1]
+        problems += [*found, *roleplay_bench_checks.reward_model(config)]
     if isinstance(config, CompareConfig):
         problems += roleplay_bench_checks.comparison(config)
     if isinstance(config, DemoConfig):

@@ -1,6 +1,7 @@
 """Evaluation: replies from vLLM on held-out prompts, scored by the world's oracle and by the vitals.
 
-Writes `<out>/samples.jsonl` (every reply with its verdict) and, last, `<out>/eval.json` (the figures).
+Writes `<out>/samples.jsonl` (every reply with its verdict), `results.json` and `scenes.jsonl` (the same with intervals,
+for `her-nemo evaluate compare`) and, last, `<out>/eval.json` (the figures).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from her_nemo.config.schema import EvaluateConfig
 from her_nemo.data.miniature import Scene
 from her_nemo.data.sources import read_jsonl
 from her_nemo.data.tokenise import Dropped, Tokeniser, encode_prompt
+from her_nemo.evaluation import reply_results, results
 from her_nemo.evaluation.oracle import PRINCIPLES, OracleVerdict, load_scenes, score_reply
 from her_nemo.evaluation.statistics import mean_and_standard_error
 from her_nemo.evaluation.vitals import vitals
@@ -86,7 +88,13 @@ def run(cfg: EvaluateConfig) -> int:
         "seed": cfg.seed,
         "sampling": cfg.sampling.model_dump(),
     }
-    write_results(out, figures, sample_rows(tasks, replies, verdicts, rollout))
+    samples = sample_rows(tasks, replies, verdicts, rollout)
+    others = [task.others for task in tasks]
+    (out / EVAL_FILE).unlink(missing_ok=True)
+    results.write_results(
+        out, *reply_results.results_of_replies(cfg, samples, secrets=secrets_of(tasks), others=others)
+    )
+    write_results(out, figures, samples)
     print(headline(figures, out))
     return 0
 
@@ -186,9 +194,13 @@ def summarise(
                 for name in PRINCIPLES
             },
         }
-    secrets = [(t.scene.secret_object, t.scene.secret_place) if t.scene else () for t in tasks]
     names, others = [task.character for task in tasks], [task.others for task in tasks]
-    return figures | vitals(replies, names=names, secrets=secrets, others=others).as_dict()
+    return figures | vitals(replies, names=names, secrets=secrets_of(tasks), others=others).as_dict()
+
+
+def secrets_of(tasks: Sequence[Task]) -> list[tuple[str, ...]]:
+    """What must not show in each reply: the hidden thing and its place, where there are scenes."""
+    return [(task.scene.secret_object, task.scene.secret_place) if task.scene else () for task in tasks]
 
 
 def sample_rows(
