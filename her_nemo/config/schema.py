@@ -13,6 +13,7 @@ from her_nemo.config.chat import ChatConfig
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.rl import (
     Dialogue,
     Diversity,
@@ -484,6 +485,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "evaluate_coser": CoserConfig,
     "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_reward_model": RewardBenchConfig,
     "evaluate_compare": CompareConfig,
     "judge": JudgeConfig,
     "data_ingest": IngestConfig,
