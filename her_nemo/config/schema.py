@@ -162,6 +162,11 @@ class PpoParams(Section):
         "token_mean",
         "Mean over tokens; over replies of token means; or over replies of sums / max_length (Dr.GRPO).",
     )
+    packing: bool = knob(
+        False,
+        "Put replies end to end for log-probs, values and updates, attention kept apart, as many to a row as fit in "
+        "micro_batch_size (forward_micro_batch_size) x encoder_seq_length tokens.",
+    )
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()

@@ -18,6 +18,7 @@ from her_nemo.config.rl import ImportanceSampling
 from her_nemo.megatron import forward, parallel, platform
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.rewards.reward import Replies, Reward
+from her_nemo.rollout import packed
 from her_nemo.rollout.engine import Rollout
 from her_nemo.training.running import RunningMoments
 
@@ -132,8 +133,21 @@ def evaluate_policy(
     critic: Model | None,
     size: int,
     temperature: float,
+    *,
+    capacity: int | None = None,
 ) -> None:
-    """Log-probs and entropy of the policy that generated, log-probs of the frozen reference, the critic's values."""
+    """Log-probs and entropy of the policy that generated, log-probs of the frozen reference, the critic's values.
+
+    `size` rows a pass; or, with `capacity`, as many as have that many tokens together, packed (collective then).
+    """
+    if capacity is not None:
+        rows = experience.rows(0, len(experience))
+        said = packed.outputs(actor, rows, capacity, with_entropy=True, temperature=temperature)
+        experience.old_log_probs_BT, experience.entropy_BT = said["log_probs_BT"], said["entropy_BT"]
+        experience.ref_log_probs_BT = packed.outputs(reference, rows, capacity, temperature=temperature)["log_probs_BT"]
+        if critic is not None:
+            experience.values_BT = packed.outputs(critic, rows, capacity)["values_BS"][:, :-1]
+        return
     batches = experience.micro_batches(size)
     said = forward.outputs(actor, batches, with_entropy=True, temperature=temperature)
     experience.old_log_probs_BT = torch.cat([out["log_probs_BT"] for out in said])
