@@ -5,6 +5,7 @@ Nothing but dispatch. torch is imported by the stage, after everything that can 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -39,6 +40,7 @@ what is configured and why. `her-nemo STAGE --help` lists the keys of a stage. `
 With trainer.devices=N it starts N processes itself; under torchrun or Slurm it takes theirs.
 """
 INTERRUPTED = 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Answered from the configuration alone, before any stage (and torch) is imported.
 COMMANDS = {"plan": "her_nemo.planning.command", "config": "her_nemo.config.command"}
 
@@ -55,10 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error, on_every_rank=False)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
         if launch.another_rank_explained():
             return UserError.exit_code
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return _refuse(UserError(_no_room(error)), on_every_rank=False)
         raise
+
+
+def _no_room(error: OSError) -> str:
+    """What a user reads when the disk filled up while a stage wrote."""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; free some and give the same command again: it goes on from what it has finished"
 
 
 def _dispatch(words: list[str]) -> int:
@@ -94,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
 def _checked(stage: str, words: list[str]) -> StageConfig:
     """The configuration, or every problem with it."""
     from her_nemo.config import compose
-    from her_nemo.planning import preflight
+    from her_nemo.planning import preflight, preflight_files
 
     typed = arguments.parse(words)
     problems: list[Problem] = []
@@ -108,6 +118,8 @@ def _checked(stage: str, words: list[str]) -> StageConfig:
             raise
         config, problems = error.rest, error.problems
     problems += preflight.check(config, os.environ)
+    if not problems:
+        problems += preflight_files.check_others(config)
     if problems:
         raise ConfigErrors(problems, stage=stage)
     return config

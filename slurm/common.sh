@@ -157,6 +157,10 @@ her_nemo_job() {
     if [[ "${stage}" != evaluate ]]; then
         size=("trainer.num_nodes=${trainers}" "trainer.devices=${per_node}")
     fi
+    her_nemo_name_servers
+    if [[ "${stage}" == ppo ]]; then
+        size+=("${HER_NEMO_SERVED[@]}")
+    fi
     echo "her-nemo: job ${SLURM_JOB_ID}, ${stage}, start $((HER_NEMO_START + 1)), logs in ${HER_NEMO_LOGS}"
     her_nemo_preflight "${stage}" "${size[@]}" "$@" || return $?
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PPO. By default every task is a trainer: the actor generates its own rollouts (rollout/megatron_engine.py).
 #   sbatch --nodes=4 slurm/rl.sh [overrides]
-# With VLLM_NODES=N VLLM_MODEL=DIR the last N nodes serve DIR through vLLM, and the others train (slurm/servers.sh).
+# With VLLM_NODES=N VLLM_MODEL=DIR the last N nodes generate with vLLM, and the others train (slurm/servers.sh).
 # e.g. sbatch --nodes=4 slurm/rl.sh pretrained_checkpoint.restore_from_path=runs/sft reward.restore_from_path=runs/reward ...
 #SBATCH --job-name=her-nemo-rl
 #SBATCH --nodes=1

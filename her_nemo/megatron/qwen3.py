@@ -200,6 +200,7 @@ def transformer_config(
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
+    initialise: bool = True,
 ) -> TransformerConfig:
     """megatron-core's configuration of this shape at the current layout. Fusions only where their kernels exist."""
     tensor, pipeline = parallel.tensor_size(), parallel.pipeline_size()
@@ -226,6 +227,7 @@ def transformer_config(
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence_parallel and tensor > 1,
         use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=initialise,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=pipeline > 1,
         bias_activation_fusion=fused,
@@ -254,8 +256,9 @@ def build(
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
+    initialise: bool = True,
 ) -> Model:
-    """Build this rank's part of the model, randomly initialised, on `platform.device()`.
+    """Build this rank's part of the model, randomly initialised (or not at all), on `platform.device()`.
 
     `parallel.initialize` must have run. dtype is a `trainer.precision`, a parameter dtype or a whole
     Precision. The vocabulary is
@@ -274,6 +277,7 @@ def build(
         recompute_granularity=recompute_granularity,
         recompute_method=recompute_method,
         recompute_num_layers=recompute_num_layers,
+        initialise=initialise,
     )
     multiple = make_vocab_size_divisible_by * parallel.tensor_size()
     padded = -(-shape.vocab_size // multiple) * multiple

@@ -9,12 +9,13 @@ from typing import Protocol
 import torch
 
 from her_nemo.megatron import platform, qwen3
+from her_nemo.megatron.passing_weights import read_when_used
 from her_nemo.megatron.qwen3 import Head, Qwen3Shape
 from her_nemo.megatron.qwen3_map import STORED_AS
 from her_nemo.megatron.torch_dist import TorchDist
 
-_LAYER = "decoder.layers.0."
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 class LayerRows(Protocol):
@@ -28,9 +29,10 @@ class LayerRows(Protocol):
 
 
 class SingleLayer:
-    """A one-layer model in fp32 whose layer is filled from the checkpoint's own tensors, not through the map.
+    """A one-layer model in fp32 that computes with the checkpoint's own tensors, not read through the map.
 
-    Weights are rounded to `dtype` first, the one of the export, so that both sides compute with the same numbers.
+    Weights are rounded to `dtype` first, the one of the export, so that both sides compute with the same numbers. In
+    memory are those of one linear map at a time: two layers of Qwen3-32B in fp32 would be 4 GB.
     Needs megatron-core's groups with no tensor or pipeline parallelism.
     """
 
@@ -39,19 +41,20 @@ class SingleLayer:
         self._held: LayerRows = TorchDist(held) if isinstance(held, Path) else held
         # The embedding is read row by row: a tiny one stands in its place.
         small = replace(shape, num_layers=1, vocab_size=1, tied=True)
-        model = qwen3.build(small, dtype=torch.float32, trainable=False, make_vocab_size_divisible_by=1)
+        model = qwen3.build(
+            small, dtype=torch.float32, trainable=False, make_vocab_size_divisible_by=1, initialise=False
+        )
         self._module = model.bare()
+        self._layer = 0
+        read_when_used(self._module.decoder.layers[0], self._rows_of_layer, platform.device())
 
-    @torch.no_grad()
-    def load(self, layer: int) -> None:
-        """Fill the layer from layer `layer` of the checkpoint."""
-        for name, parameter in self._module.named_parameters():
-            if name.startswith(_LAYER):
-                own = name.removeprefix(_LAYER)
-                stored = self._read(f"decoder.layers.{STORED_AS.get(own, own)}", layer)
-                if stored.shape != parameter.shape:
-                    raise RuntimeError(f"{name}: {tuple(stored.shape)} read for {tuple(parameter.shape)}")
-                parameter.copy_(stored)
+    def choose(self, layer: int) -> None:
+        """`attention` and `mlp` are from now on those of layer `layer` of the checkpoint."""
+        self._layer = layer
+
+    def _rows_of_layer(self, name: str, start: int, stop: int) -> torch.Tensor:
+        key = f"decoder.layers.{STORED_AS.get(name, name)}"
+        return self._held.rows(key, self._layer, start, stop).to(self.dtype)
 
     @torch.no_grad()
     def attention(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
@@ -76,7 +79,7 @@ class SingleLayer:
     def head_outputs(self, hidden_BSH: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Logits [B, S, len(rows)] of some vocabulary entries, or the score [B, S, 1], from the last hidden states."""
         norm = self._module.decoder.final_layernorm
-        norm.weight.copy_(self._read("decoder.final_layernorm.weight", None))
+        norm.weight.copy_(self._held.rows(_FINAL_NORM, None, 0, norm.weight.shape[0]).to(self.dtype))
         key = _EMBEDDING if self.head == "lm" and self.shape.tied else _OUTPUT
         weight = self._rows(key, rows if self.head == "lm" else [0])
         last = norm(hidden_BSH.to(platform.device())).cpu()
@@ -89,10 +92,6 @@ class SingleLayer:
     def _rows(self, key: str, rows: list[int]) -> torch.Tensor:
         found = torch.cat([self._held.rows(key, None, row, row + 1) for row in rows])
         return found.to(self.dtype).float()
-
-    def _read(self, key: str, layer: int | None) -> torch.Tensor:
-        size = self._held.shape(key)
-        return self._held.rows(key, layer, 0, size[0 if layer is None else 1]).to(self.dtype)
 
     def close(self) -> None:
         self._held.close()

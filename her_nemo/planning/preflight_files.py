@@ -68,7 +68,10 @@ def check_others(config: StageConfig) -> list[Problem]:
         if all(key in shape for key in _COUNTED):
             size = _FORMATS[config.trainer.precision if isinstance(config, ConvertConfig) else config.dtype]
             written = total_parameters(Shape.from_architecture(shape)) * size
-            found += _room("out", config.out, written, f"the weights are {written / 1e9:,.1f} GB", "free space")
+            # What an interrupted run has finished is not written again.
+            there = sum(file.stat().st_size for file in Path(f"{config.out}.partial").glob("**/*") if file.is_file())
+            text = f"the weights are {written / 1e9:,.1f} GB"
+            found += _room("out", config.out, written - there, text, "free space, or write elsewhere")
     if isinstance(config, EvaluateConfig):
         found += _rows("prompts", config.prompts, ("messages",) if config.scenes is None else ("messages", "trace_id"))
         found += _vocabulary("model", config.model, architecture_of(config.model))

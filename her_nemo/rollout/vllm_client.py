@@ -53,7 +53,7 @@ def check(url: str, response: httpx.Response) -> Any:
     if response.status_code == 404:
         raise UserError(
             f"{url} has no {response.request.url.path}: start the server as `python -m her_nemo.rollout.vllm_server "
-            "DIR` prints it (VLLM_SERVER_DEV_MODE=1, --tokens-only)."
+            "DIR` (VLLM_SERVER_DEV_MODE=1, --tokens-only)."
         )
     if response.status_code >= 400:
         raise UserError(f"{url} refused a request: {response.text[:_KEPT_OF_A_REPLY]}")

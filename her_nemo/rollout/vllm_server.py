@@ -1,12 +1,13 @@
 """vLLM servers for rollouts, started as child processes of this machine.
 
-A server begins with random weights of the right shape; the first sync fills it. `command` is also what to run by
-hand on another machine whose address then goes into `model.ppo.vllm.servers`: `python -m
-her_nemo.rollout.vllm_server DIR` prints it.
+A server begins with random weights of the right shape; the first sync fills it. For a server on another machine, whose
+address then goes into `model.ppo.vllm.servers`, `python -m her_nemo.rollout.vllm_server DIR --port 8000` becomes one
+(slurm/servers.sh does that); with `--print` it shows the command.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -195,20 +196,53 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the command that starts a server for the model in a directory, to run on another machine."""
-    if len(arguments) != 1:
-        print("usage: python -m her_nemo.rollout.vllm_server DIR", file=sys.stderr)
-        return 2
-    config = read_hf_config(Path(arguments[0]))
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m her_nemo.rollout.vllm_server`."""
     on_cuda = torch.cuda.is_available()
+    found = argparse.ArgumentParser(
+        prog="python -m her_nemo.rollout.vllm_server",
+        description="Serve rollouts of PPO (model.ppo.vllm.servers). What is not known here goes to vLLM as it is.",
+    )
+    found.add_argument("model", type=Path, help="directory with the policy's config.json; its weights are not read")
+    found.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all of this machine's)")
+    found.add_argument("--port", type=int, default=8000)
+    found.add_argument("--dtype", default="bfloat16" if on_cuda else "float32", help="that of the trainer's parameters")
+    found.add_argument("--max-model-len", type=int, help="tokens of prompt and reply (default: the model's)")
+    found.add_argument("--max-num-seqs", type=int, default=64 if on_cuda else 16)
+    found.add_argument("--tensor-parallel-size", type=int, default=1)
+    found.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    found.add_argument("--prefix-caching", action="store_true")
+    found.add_argument("--sync", choices=("files", "nccl"), default="nccl" if on_cuda else "files")
+    found.add_argument("--print", action="store_true", help="show variables and command, and start nothing")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Become a server for the model in a directory, or print how to start one. Exit code 2 for a wrong directory."""
+    given, further = parser().parse_known_args(arguments)
+    try:
+        require_vllm()
+        config = read_hf_config(given.model)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     options = ServerOptions(
-        model=Path(arguments[0]), dtype="bfloat16" if on_cuda else "float32",
-        max_model_len=int(config["max_position_embeddings"]), max_num_seqs=128, tensor_parallel_size=1,
-        gpu_memory_utilization=0.9, prefix_caching=False, backend="nccl" if on_cuda else "her_nemo_files",
-    )  # fmt: skip
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(environment(options, {}).items()))
-    print(f"{variables} {shlex.join(command(options, 8000, host='0.0.0.0'))}")
+        model=given.model,
+        dtype=given.dtype,
+        max_model_len=given.max_model_len or int(config["max_position_embeddings"]),
+        max_num_seqs=given.max_num_seqs,
+        tensor_parallel_size=given.tensor_parallel_size,
+        gpu_memory_utilization=given.gpu_memory_utilization,
+        prefix_caching=given.prefix_caching,
+        backend="nccl" if given.sync == "nccl" else "her_nemo_files",
+    )
+    words = [*command(options, given.port, host=given.host), *further]
+    if given.print:
+        variables = environment(options, {})
+        named = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
+        print(f"{named} {shlex.join(words)}")
+    else:
+        os.execvpe(words[0], words, environment(options, os.environ))
     return 0
 
 

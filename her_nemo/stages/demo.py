@@ -5,6 +5,7 @@ Every stage after the base runs as a user would run it: `her-nemo <stage> [overr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,11 +13,14 @@ import platform as machine
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from her_nemo.config.compose import assign
 from her_nemo.config.errors import UserError
@@ -27,6 +31,7 @@ from her_nemo.evaluation.statistics import paired_difference
 
 MODELS = ("base", "sft", "ppo")
 MARKER = ".her_nemo_demo"
+POLL_SECONDS = 0.25
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -81,28 +86,17 @@ def run(cfg: DemoConfig) -> int:
             cfg,
         )
     with clock("export"):
-        for name, checkpoint in (
-            ("base", models / "base_megatron"),
-            ("sft", out / "sft"),
-            ("ppo", out / "ppo"),
-        ):
-            her_nemo(
-                "export", [assign("checkpoint", checkpoint), assign("out", models / name)], cfg.export, cfg
-            )
+        checkpoints = {"base": models / "base_megatron", "sft": out / "sft", "ppo": out / "ppo"}
+        beside_each_other(
+            {
+                name: command(
+                    "export", [assign("checkpoint", checkpoint), assign("out", models / name)], cfg.export, cfg
+                )
+                for name, checkpoint in checkpoints.items()
+            }
+        )
     with clock("evaluate"):
-        for name in MODELS:
-            her_nemo(
-                "evaluate",
-                [
-                    assign("model", models / name),
-                    assign("prompts", world / "prompts_test.jsonl"),
-                    assign("scenes", world / "oracle" / "test_scenes.jsonl"),
-                    assign("out", out / "eval" / name),
-                    f"seed={cfg.seed}",
-                ],
-                cfg.evaluate,
-                cfg,
-            )
+        beside_each_other({name: command("evaluate", evaluation(out, name, cfg), cfg.evaluate, cfg) for name in MODELS})
     report = collect(cfg, out, clock)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = metric_series({stage: out / stage for stage in ("base", "sft", "reward", "ppo")})
@@ -145,13 +139,67 @@ def fresh_directory(out: Path) -> Path:
     return out
 
 
-def her_nemo(stage: str, arguments: list[str], extra: list[str], cfg: DemoConfig) -> None:
-    """Run one stage as a user types it, with the demo's overrides last."""
+def command(stage: str, arguments: list[str], extra: list[str], cfg: DemoConfig) -> list[str]:
+    """One stage as a user types it, with the demo's overrides last."""
     seeded = [f"model.seed={cfg.seed}"] if stage in ("sft", "reward", "ppo") else []
-    command = [sys.executable, "-m", "her_nemo", stage, *arguments, *seeded, *extra]
-    code = subprocess.run(command, check=False).returncode
+    return [sys.executable, "-m", "her_nemo", stage, *arguments, *seeded, *extra]
+
+
+def her_nemo(stage: str, arguments: list[str], extra: list[str], cfg: DemoConfig) -> None:
+    """Run one stage, its output as it comes."""
+    code = subprocess.run(command(stage, arguments, extra, cfg), check=False).returncode
     if code:
         raise UserError(f"the demo's stage {stage!r} ended with exit code {code}; its own message is above.")
+
+
+def beside_each_other(commands: dict[str, list[str]]) -> None:
+    """Run short commands together, as many as there are cores (one, where they would share a GPU): half their time is
+    starting up. The output of each is shown when it has ended.
+
+    Raises:
+        UserError: one failed; the others are ended.
+    """
+    import torch
+
+    cores = os.cpu_count() or 1
+    at_once = 1 if torch.cuda.is_available() else min(cores, len(commands))
+    # They share the cores: threads that wait for each other's turn would be slower than one after the other.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // at_once))}
+    waiting, running = list(commands.items()), {}
+    with contextlib.ExitStack() as closing, tqdm(total=len(commands), unit="model", disable=None) as bar:
+        closing.callback(lambda: [process.kill() for process, _ in running.values()])
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, words = waiting.pop(0)
+                said = closing.enter_context(tempfile.TemporaryFile("w+"))
+                running[name] = (
+                    subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, env=environment),
+                    said,
+                )
+            for name, (process, said) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    said.seek(0)
+                    tqdm.write(said.read(), end="")
+                    if process.returncode:
+                        raise UserError(
+                            f"the demo's {' '.join(commands[name][3:5])} ended with exit code {process.returncode}; "
+                            "its own message is above."
+                        )
+                    bar.update()
+            bar.refresh()
+            time.sleep(POLL_SECONDS)
+
+
+def evaluation(out: Path, name: str, cfg: DemoConfig) -> list[str]:
+    """What `evaluate` is told of one of the models."""
+    return [
+        assign("model", out / "models" / name),
+        assign("prompts", out / "world" / "prompts_test.jsonl"),
+        assign("scenes", out / "world" / "oracle" / "test_scenes.jsonl"),
+        assign("out", out / "eval" / name),
+        f"seed={cfg.seed}",
+    ]
 
 
 def write_world_and_tokenizer(cfg: DemoConfig, world: Path) -> None:

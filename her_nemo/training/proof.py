@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from her_nemo.megatron import forward, parallel, weights
 from her_nemo.megatron.block_fp8 import opened
+from her_nemo.megatron.passing_weights import read_when_used
 from her_nemo.megatron.qwen3 import Head, Model, Qwen3Shape
 from her_nemo.megatron.qwen3_map import EMBEDDING, FINAL_NORM, LM_HEAD, SCORE, hf_shapes
 from her_nemo.megatron.safetensors_files import HfTensors, bytes_of
@@ -228,7 +229,7 @@ def written_layers_agree(
     gaps: dict[str, dict[str, float]] = {}
     for layer in sampled(config.num_hidden_layers, count):
         theirs = _hf_parts(written, config, layer, hidden)
-        megatron.load(layer)
+        megatron.choose(layer)
         ours = {"attention": megatron.attention(hidden), "mlp": megatron.mlp(hidden)}
         gaps[str(layer)] = {part: relative_gap(ours[part], theirs[part]) for part in ours}
     rows = torch.randint(0, config.vocab_size, (HEAD_ROWS,), generator=generator).tolist()
@@ -278,9 +279,7 @@ def _hf_parts(
     prefix = f"model.layers.{layer}."
     with torch.device("meta"):
         module = Qwen3DecoderLayer(config, 0)
-    names = [name for name in written.names() if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): _whole(written, name) for name in names}
-    module.load_state_dict(own, strict=True, assign=True)
+    read_when_used(module, lambda name, start, stop: written.rows(prefix + name, start, stop))
     positions = torch.arange(hidden_BSH.shape[1])[None]
     rotary = Qwen3RotaryEmbedding(config)(hidden_BSH, positions)
     attention, _ = module.self_attn(module.input_layernorm(hidden_BSH), position_embeddings=rotary, attention_mask=None)
