@@ -76,6 +76,7 @@ def run(cfg: PpoConfig) -> int:
             here.metrics.log(step, engine.tags())
             if talks is not None:
                 report_dialogues(here, step, talks)
+            engine.rest()
             with here.timers("score"):
                 told = ex.score(experience, replies, shaped)
             with here.timers("log_probs"):
