@@ -68,6 +68,19 @@ def test_nemo_aligners_loop_has_no_conversations() -> None:
     assert f"{PREFIX}" in {problem.key for problem in backend_checks.check(given)}
 
 
+def test_servers_on_the_trainers_gpus() -> None:
+    vllm = ["model.ppo.rollout_engine=vllm", "model.ppo.vllm.colocated=true", "trainer.accelerator=gpu"]
+    assert found(*vllm, "model.ppo.vllm.gpu_memory_utilization=0.4") == {}
+    problems = found(*vllm, "model.ppo.vllm.sync=nccl", "model.ppo.one_step_off=true")
+    assert set(problems) == {
+        "model.ppo.vllm.sync", "model.ppo.one_step_off", "model.ppo.vllm.gpu_memory_utilization"
+    }  # fmt: skip
+    assert "use 0.6 or less" in problems["model.ppo.vllm.gpu_memory_utilization"]
+    given = found("model.ppo.rollout_engine=vllm", "model.ppo.vllm.colocated=true", "trainer.accelerator=cpu",
+                  "model.ppo.vllm.servers=['http://a:8000']")  # fmt: skip
+    assert list(given) == ["model.ppo.vllm.colocated"]
+
+
 def test_groups_are_counted_by_turn() -> None:
     group = ["trainer.ppo.advantage_estimator=grpo", "model.ppo.num_samples_per_prompt=4"]
     assert found(*SERVED, *group) == {}
