@@ -292,9 +292,13 @@ def report_rollout(
     parts = parallel.data_gather_objects(list(replies.texts))
     if here.main:
         here.metrics.log(step, tags.roleplay_tags([text for part in parts for text in part]))
-        rewards = experience.scores_B.tolist()
+        rewards, versions = experience.scores_B.tolist(), experience.versions_B.tolist()
         kept = range(min(SAMPLES_KEPT, len(replies)))
-        rows = [{"reply": replies.texts[row], "reward": rewards[row]} for row in kept]
+        rows = [
+            {"prompt": replies.prompts[row], "reply": replies.texts[row], "reward": rewards[row],
+             "weight_version": versions[row]}
+            for row in kept
+        ]  # fmt: skip
         tags.write_samples(here.directory, step, rows)
         here.metrics.text(step, "rollout/reply", replies.texts[0])
     tags.summarise(here.summary, sums, gap)
