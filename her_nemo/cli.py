@@ -25,9 +25,15 @@ SUMMARIES = {
     "export": "Megatron checkpoint -> Hugging Face, with the logits checked",
     "verify": "compare two checkpoints tensor by tensor: her-nemo verify A B",
     "evaluate": "replies from vLLM on held-out prompts, scored",
+    "judge": "how well a judge of two replies judges, on held-out pairs",
+    "evaluate_coser": "CoSER's scenes played and judged: her-nemo evaluate benchmark=coser",
+    "evaluate_roleplay_bench": "long self-play judged for misalignment: her-nemo evaluate benchmark=roleplay_bench",
+    "evaluate_compare": "runs of one benchmark on one page: her-nemo evaluate compare RUN_A RUN_B",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",
     "data_synthesise": "thoughts, plans and settings written by a language model",
+    "data_judge": "preference pairs -> a judge's prompts, both orders, balanced",
+    "chat": "talk to a model in a scene (--web: in the browser), and keep it as data",
 }
 USAGE = """usage: her-nemo STAGE [--config-dir DIR] [--config-name NAME] [OVERRIDE ...]
 
@@ -86,9 +92,17 @@ def _dispatch(words: list[str]) -> int:
         from her_nemo.stages import data
 
         stage, rest = data.parse(rest)
+    if stage == "evaluate":
+        from her_nemo.stages import benchmarks
+
+        stage, rest = benchmarks.parse(rest)
+    if stage == "evaluate_compare":
+        rest = _listed(rest, "runs")
     if stage in STAGES and any(word in ("-h", "--help") for word in rest):
         print(_keys(stage))
         return 0
+    if stage == "chat":
+        rest = ["web=true" if word == "--web" else word for word in rest]
     if stage == "verify":
         rest = _named(rest, ("a", "b"))
     config = _checked(stage, rest)
@@ -97,7 +111,7 @@ def _dispatch(words: list[str]) -> int:
     processes = _processes(config)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch.run(words, processes)
-    module = importlib.import_module(f"her_nemo.stages.{words[0]}")
+    module = importlib.import_module(f"her_nemo.stages.{stage}")
     return module.run(config) or 0
 
 
@@ -131,6 +145,15 @@ def _named(words: list[str], names: Sequence[str]) -> list[str]:
 
     waiting = list(names)
     return [word if "=" in word or not waiting else assign(waiting.pop(0), word) for word in words]
+
+
+def _listed(words: list[str], name: str) -> list[str]:
+    """Words that are no overrides and no options become one list: `A B` is name=[A,B]."""
+    from her_nemo.config.compose import assign
+
+    given = [assign("", word).removeprefix("=") for word in words if "=" not in word and not word.startswith("-")]
+    rest = [word for word in words if "=" in word or word.startswith("-")]
+    return [*rest, f"{name}=[{','.join(given)}]"] if given else rest
 
 
 def _processes(config: StageConfig) -> int:

@@ -18,6 +18,7 @@ MAX_FUNCTION_LINES = 80
 ROOMS = (
     "cli",
     "stages",
+    "chat",
     "evaluation",
     "aligner",
     "rollout",

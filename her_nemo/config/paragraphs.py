@@ -187,6 +187,30 @@ MORE: dict[str, str] = {
         "It has to have the actor's vocabulary and a shape that TP and PP divide. It scores the last token "
         "of a reply."
     ),
+    "reward.generative.against": (
+        "sft is HER's: it says how far the policy is ahead of its start. group needs no other replies and costs "
+        "G (G - 1) verdicts a prompt, sft and reference 2 G; a group's points add up to 0, so the reward's mean says "
+        "nothing and validation is refused."
+    ),
+    "reward.generative.replies": (
+        "Rows as SFT reads them, one for each prompt of training and validation. On a cluster let a server write the "
+        "start's replies beforehand: generated here, they cost one rollout on the trainer's ranks for each new prompt."
+    ),
+    "reward.generative.max_unparsed": (
+        "A reply without a verdict has no part in the update, so a judge that often writes none wastes rollouts, and "
+        "hides which replies it cannot read."
+    ),
+    "reward.generative.judge.restore_from_path": (
+        "It has a tokenizer of its own beside it; its shape has to be one that TP and PP divide. It takes memory for "
+        "weights beside the policy's models, and for keys and values while it writes."
+    ),
+    "reward.generative.judge.structured_output": (
+        "The schema lets the server write the JSON object alone, without the reasoning before it: leave it off for a "
+        "judge that was trained to reason first."
+    ),
+    "reward.generative.judge.temperature": (
+        "Above 0 a verdict is drawn once and kept: the same question does not get another answer within a run."
+    ),
     "pretrained_checkpoint.restore_from_path": (
         "A run directory means its newest checkpoint. In PPO it is also the frozen reference. An "
         "interrupted run goes on from its own checkpoint and not from here."

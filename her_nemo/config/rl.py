@@ -43,6 +43,7 @@ class RewardMix(Section):
 
     scalar: NonNegativeFloat = knob(1.0, "Weight of the scalar reward model.")
     rules: NonNegativeFloat = knob(1.0, "Weight of the rules' sum.")
+    generative: NonNegativeFloat = knob(0.0, "Weight of the judge's comparisons.")
 
 
 class RewardRules(Section):
@@ -54,6 +55,58 @@ class RewardRules(Section):
     repetition: NonNegativeFloat = knob(0.0, "1 less the share of 4-grams that stood in the reply before.")
     min_words: PositiveInt = knob(5, "Shortest visible reply without a loss, words.")
     max_words: PositiveInt = knob(120, "Longest visible reply without a loss, words; twice as many get 0.")
+
+
+class JudgeSource(Section):
+    """`reward.generative.judge.*`: who compares replies: a checkpoint in this process, or servers."""
+
+    restore_from_path: str | None = knob(
+        None, "A judge's checkpoint, loaded frozen beside the policy: a run's directory, or a Hugging Face directory."
+    )
+    servers: list[str] = knob(
+        [], "OpenAI-compatible servers in place of a checkpoint, as http://HOST:8000/v1."
+    )
+    model: str | None = knob(None, "With servers: the judge's name there.")
+    api_key_env: str | None = knob(None, "With servers: the environment variable that holds the key; null sends none.")
+    structured_output: bool = knob(True, "With servers: hold the answer to the verdict's JSON schema.")
+    concurrency: PositiveInt = knob(32, "With servers: requests that a replica has under way, for each server.")
+    timeout_seconds: PositiveFloat = knob(300.0, "With servers: longest wait for one answer.")
+    retries: NonNegativeInt = knob(
+        4, "With servers: further attempts at a request that failed, on another server where there is one."
+    )
+    brief: bool = knob(False, "Ask in one line, for a judge that was trained so; else with HER's instructions.")
+    temperature: NonNegativeFloat = knob(0.0, "0 is greedy: the same question has the same answer.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = knob(1.0, "Nucleus sampling of the verdict; 1 turns it off.")
+    max_tokens: PositiveInt = knob(1024, "Longest verdict, tokens, its reasoning included.")
+    micro_batch_size: PositiveInt = knob(16, "With a checkpoint: verdicts generated together on one replica.")
+
+
+class Generative(Section):
+    """`reward.generative.*`: replies compared pairwise by a judge, for reward.kind=generative and mix."""
+
+    against: Literal["sft", "reference", "group"] = knob(
+        "sft",
+        "What a reply is compared with: the frozen start's reply; a reply of the data; the others to its prompt.",
+    )
+    replies: str | None = knob(
+        None,
+        "The replies to compare with, in a file of SFT rows (messages that end with the reply). reference needs it; "
+        "with sft null generates them.",
+    )
+    judge: JudgeSource = JudgeSource()
+    max_unparsed: Annotated[float, Field(ge=0.0, le=1.0)] = knob(
+        0.2, "Share of a rollout's verdicts that may be unreadable; with more the run stops."
+    )
+    cache_dir: str | None = knob(
+        None, "A directory where verdicts are kept, for other runs too; null keeps them in memory."
+    )
+
+
+class RewardVerdict(Section):
+    """`reward.verdict.*`: what a judge in training earns, for reward.kind=verdict (docs/judge.md)."""
+
+    correct: NonNegativeFloat = knob(1.0, "For a verdict that agrees with the label of its row.")
+    valid: NonNegativeFloat = knob(0.2, "For a verdict that can be read.")
 
 
 class Diversity(Section):

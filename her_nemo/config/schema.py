@@ -9,8 +9,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.chat import ChatConfig
+from her_nemo.config.evaluation import CoserConfig
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
-from her_nemo.config.rl import Dialogue, Diversity, ImportanceSampling, RewardMix, RewardRules
+from her_nemo.config.rl import (
+    Dialogue,
+    Diversity,
+    Generative,
+    ImportanceSampling,
+    RewardMix,
+    RewardRules,
+    RewardVerdict,
+)
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.sections import (
     Data,
     ExpManager,
@@ -170,6 +182,9 @@ class PpoParams(Section):
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
+    share_prompts: bool = knob(
+        False, "Compute a prompt once for all replies to it, in rollouts, log-probs and updates: docs/rl.md."
+    )
     rollout_engine: Literal["megatron", "vllm"] = knob(
         "megatron", "Who generates: the trainer's own model, or vLLM servers that its weights are sent to."
     )
@@ -209,8 +224,10 @@ class Critic(Section):
 class RewardSource(Section):
     """`reward.*`: what PPO is scored by."""
 
-    kind: Literal["scalar", "rules", "mix"] = knob(
-        "scalar", "scalar: the reward model; rules: reward.rules.*; mix: both, by reward.mix.*."
+    kind: Literal["scalar", "rules", "generative", "mix", "verdict"] = knob(
+        "scalar",
+        "scalar: the reward model; rules: reward.rules.*; generative: a judge, reward.generative.*; mix: a sum of "
+        "these; verdict: the policy is a judge.",
     )
     restore_from_path: str | None = knob(
         None,
@@ -218,12 +235,19 @@ class RewardSource(Section):
     )
     mix: RewardMix = RewardMix()
     rules: RewardRules = RewardRules()
+    generative: Generative = Generative()
+    verdict: RewardVerdict = RewardVerdict()
     diversity: Diversity = Diversity()
 
     @property
     def has_model(self) -> bool:
         """Whether a scalar reward model is needed."""
         return self.kind == "scalar" or (self.kind == "mix" and self.mix.scalar > 0)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge compares replies."""
+        return self.kind == "generative" or (self.kind == "mix" and self.mix.generative > 0)
 
 
 # ---------------------------------------------------------------- stages
@@ -463,7 +487,13 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "evaluate": EvaluateConfig,
+    "evaluate_coser": CoserConfig,
+    "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_compare": CompareConfig,
+    "judge": JudgeConfig,
     "data_ingest": IngestConfig,
     "data_inspect": InspectConfig,
     "data_synthesise": SynthesiseConfig,
+    "data_judge": JudgePromptsConfig,
+    "chat": ChatConfig,
 }

@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from her_nemo.config.endpoints import RequestLimits
 from her_nemo.config.sections import Fraction, Section, StageConfig, TopP, knob, required
 
-SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles"]
+SynthesisStage = Literal["role_thinking", "system_thinking", "settings", "all", "principles", "judge"]
 
 
 class SynthesisSampling(Section):
@@ -22,25 +23,9 @@ class SynthesisSampling(Section):
     )
 
 
-class Limits(Section):
+class Limits(RequestLimits):
     """`limits.*`: what the endpoint and the purse can bear."""
 
-    concurrency: PositiveInt = knob(8, "Requests under way at a time.")
-    requests_per_minute: PositiveFloat | None = knob(None, "Requests started per minute; null sets no limit.")
-    tokens_per_minute: PositiveFloat | None = knob(
-        None, "Tokens per minute, prompts and answers together; null sets no limit."
-    )
-    timeout_seconds: PositiveFloat = knob(600.0, "Longest wait for one answer.")
-    retries: NonNegativeInt = knob(
-        6, "Retries after 408, 409, 425, 429, 5xx, a lost connection or a time-out."
-    )
-    backoff_seconds: PositiveFloat = knob(
-        1.0, "First wait before a retry; doubled each time, with jitter. Retry-After wins where it is longer."
-    )
-    max_backoff_seconds: PositiveFloat = knob(60.0, "Longest wait before a retry.")
-    give_up_after: PositiveInt = knob(
-        5, "Requests that fail in a row, all retries spent, before the run stops."
-    )
     budget: PositiveFloat | None = knob(
         None, "Stop when this run has cost as much (in the unit of prices.*); null sets no limit."
     )
@@ -97,14 +82,26 @@ class PrinciplesStage(Section):
     min_cluster: PositiveInt = knob(2, "Cases a cluster needs to enter the library.")
 
 
+class JudgeTranscripts(Section):
+    """`judge.*`: transcripts for the SFT of a judge, from preference pairs (docs/judge.md)."""
+
+    library: str | None = knob(
+        None, "Principles shown to the labeller, a file as stage=principles writes it; null: those of her_nemo."
+    )
+    balance: bool = knob(
+        True, "Leave out pairs until neither length nor the number of tags tells which reply is better."
+    )
+    brief: bool = knob(False, "One line of instructions in the judge's own prompt, in place of HER's.")
+
+
 class SynthesiseConfig(StageConfig):
     """`her-nemo data synthesise`."""
 
     stage: SynthesisStage = required(
-        "What to write: role_thinking, system_thinking, settings, all, principles."
+        "What to write: role_thinking, system_thinking, settings, all, principles, judge."
     )
     source: str = required(
-        "Conversations (JSONL or Parquet from data ingest); for principles preference pairs."
+        "Conversations (JSONL or Parquet from data ingest); for principles and judge preference pairs."
     )
     out: str = required("Directory for the results.")
     endpoint: str = required("Base URL of an OpenAI-compatible API, e.g. http://localhost:8000/v1.")
@@ -132,3 +129,4 @@ class SynthesiseConfig(StageConfig):
     system_thinking: SystemThinking = SystemThinking()
     settings: Settings = Settings()
     principles: PrinciplesStage = PrinciplesStage()
+    judge: JudgeTranscripts = JudgeTranscripts()

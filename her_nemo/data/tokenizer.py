@@ -53,3 +53,18 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int) 
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(str(out_dir))
     return fast
+
+
+def extend_tokenizer(source: str | Path, out_dir: str | Path, tokens: Iterable[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of `source` with `tokens` as entries of their own after all others, saved to `out_dir`.
+
+    No other text is encoded differently: a token that is a word is only found as a whole word.
+    """
+    fast = PreTrainedTokenizerFast.from_pretrained(str(source))
+    added = [
+        AddedToken(token, single_word=token.isidentifier(), normalized=False, special=False)
+        for token in tokens
+    ]
+    fast.add_tokens(added)
+    fast.save_pretrained(str(out_dir))
+    return fast

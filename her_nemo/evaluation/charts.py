@@ -1,6 +1,6 @@
-"""Line charts as inline SVG: no script, no network, colours from the page's CSS variables.
+"""Line and bar charts as inline SVG: no script, no network, colours from the page's CSS variables.
 
-A noisy curve is drawn twice: as it is, faint, and smoothed, strong. Every drawn point tells its value on hover.
+A noisy curve is drawn twice: as it is, faint, and smoothed, strong. Every drawn point and bar tells its value on hover.
 """
 
 from __future__ import annotations
@@ -18,6 +18,27 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MAX_POINTS = 160
 SMOOTH_FROM = 24  # shorter curves are drawn as they are
 COLOURS = 4  # --series-1 ... in the page's CSS
+
+
+BAR_WIDTH, BAR_LABEL, BAR_HEIGHT, BAR_GAP = 1180, 150, 13, 12
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its value, the ends of its interval (None where there is none), and whether to draw it faintly."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """Bars that stand together, one a run in the order of the runs; None where a run has no value."""
+
+    name: str
+    bars: Sequence[Bar | None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,66 @@ def line_chart(curves: Sequence[Curve], label: str) -> Markup:
     for index, curve in enumerate(drawn):
         parts.append(_line(curve, index % COLOURS + 1, at))
     return Markup("".join(parts) + "</svg>")
+
+
+def bar_chart(groups: Sequence[BarGroup], names: Sequence[str], label: str) -> Markup:
+    """An SVG of horizontal bars with whiskers for their intervals, on one axis that begins at 0 (or below).
+
+    Args:
+        names: of the runs, shown on hover.
+        label: read out by screen readers.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    bars = [bar for group in groups for bar in group.bars if bar is not None]
+    if not bars:
+        raise ValueError(f"chart {label!r}: no value")
+    ends = [end for bar in bars for end in (bar.value, bar.low, bar.high) if end is not None]
+    marks = ticks(min(0.0, *ends), max(0.0, *ends), 5)
+    height = 24 + sum(len(group.bars) * BAR_HEIGHT + BAR_GAP for group in groups)
+
+    def across(value: float) -> float:
+        share = (value - marks[0]) / (marks[-1] - marks[0])
+        return BAR_LABEL + share * (BAR_WIDTH - BAR_LABEL - 16)
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {BAR_WIDTH} {height}" role="img" aria-label="{escape(label)}">'
+    ]
+    for mark in marks:
+        x = across(mark)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"/>')
+        parts.append(
+            f'<text class="axis" x="{x:.1f}" y="{height - 6}" text-anchor="middle">{number(mark)}</text>'
+        )
+    top = BAR_GAP / 2
+    for group in groups:
+        middle = top + len(group.bars) * BAR_HEIGHT / 2 + 4
+        parts.append(
+            f'<text class="axis" x="{BAR_LABEL - 8}" y="{middle:.1f}" text-anchor="end">{escape(group.name)}</text>'
+        )
+        for index, (bar, name) in enumerate(zip(group.bars, names, strict=True)):
+            if bar is not None:
+                parts.append(_bar(bar, f"{group.name}, {name}", index, top + index * BAR_HEIGHT, across))
+        top += len(group.bars) * BAR_HEIGHT + BAR_GAP
+    return Markup("".join(parts) + "</svg>")
+
+
+def _bar(bar: Bar, name: str, index: int, top: float, across: Callable[[float], float]) -> str:
+    start, end = sorted((across(0.0), across(bar.value)))
+    said = f"{name}: {number(bar.value)}"
+    whisker = ""
+    if bar.low is not None and bar.high is not None:
+        said += f" [{number(bar.low)}, {number(bar.high)}]"
+        y, low, high = top + BAR_HEIGHT / 2 - 1, across(bar.low), across(bar.high)
+        whisker = (
+            f'<path class="whisker" d="M{low:.1f} {y - 3:.1f}V{y + 3:.1f}M{low:.1f} {y:.1f}H{high:.1f}'
+            f'M{high:.1f} {y - 3:.1f}V{y + 3:.1f}"/>'
+        )
+    look = ' opacity="0.3"' if bar.faint else ""
+    place = f'x="{start:.1f}" y="{top:.1f}" width="{max(1.0, end - start):.1f}" height="{BAR_HEIGHT - 2}"'
+    colour = f'style="fill:var(--series-{index % COLOURS + 1})"'
+    return f'<g{look}><title>{escape(said)}</title><rect {place} rx="2" {colour}/>{whisker}</g>'
 
 
 def finite(points: Sequence[Point]) -> list[Point]:

@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 from her_nemo.evaluation.charts import Curve, finite, line_chart, number
 from her_nemo.evaluation.figures import Report, checks, duration, models_of, table, tiles, title_of
+from her_nemo.roleplay.dialects import Dialect, parse_message
 from her_nemo.roleplay.tags import find_tags
-from her_nemo.roleplay.turn import Finding, parse_turn
+from her_nemo.roleplay.turn import Finding
 from her_nemo.training.logging import METRICS_FILE, series
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
@@ -87,7 +88,7 @@ def write_report(
     """
     charts, more = plan_charts(curves)
     page = (
-        _environment()
+        page_environment()
         .get_template(TEMPLATE)
         .render(
             report=report,
@@ -177,12 +178,14 @@ def plan_charts(curves: Series) -> tuple[list[dict[str, Any]], list[dict[str, An
     return charts, more
 
 
-def pieces(text: str, *, expect_name: str | None = None) -> tuple[list[Piece], list[str]]:
-    """A reply cut for display: every character once, coloured by segment, tags dimmed, defects marked.
+def pieces(
+    text: str, *, expect_name: str | None = None, dialect: Dialect = Dialect.HER, expect_plan: bool = True
+) -> tuple[list[Piece], list[str]]:
+    """A message cut for display: every character once, coloured by segment, tags dimmed, defects marked.
 
     Returns the pieces, and the defects that have no place in the text (a missing plan).
     """
-    turn = parse_turn(text, expect_name=expect_name)
+    turn = parse_message(text, dialect, expect_plan=expect_plan, expect_name=expect_name)
     spans = [(segment.start, segment.end, segment.kind.value) for segment in turn.segments]
     if turn.name_span:
         spans.append((*turn.name_span, "name"))
@@ -217,7 +220,8 @@ def stage_bars(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Templates of this directory: what is put in is escaped, and a value that is missing is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

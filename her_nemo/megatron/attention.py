@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from her_nemo.megatron import platform
+from her_nemo.megatron.shared_prompts import SharedPrompts
 
 
 class RmsNorm(torch.nn.Module):
@@ -46,7 +47,7 @@ class SdpaAttention(MegatronModule):
     """Core attention through torch's scaled_dot_product_attention.
 
     Packed sequences (megatron-core's "thd" layout) are attended one by one, each causally: the cost is the sum of
-    their squares, and nothing crosses a border.
+    their squares, and nothing crosses a border. `SharedPrompts` says itself who looks at whom.
 
     An explicit mask is boolean, broadcastable to [B, heads, Sq, Sk], True where attention is NOT allowed
     (megatron-core's convention), and complete: causality must be in it. Without one, attention is causal, or full
@@ -92,6 +93,8 @@ class SdpaAttention(MegatronModule):
         if packed_seq_params is not None:
             if attention_mask is not None:
                 raise NotImplementedError("SdpaAttention takes packed sequences or a mask, not both")
+            if isinstance(packed_seq_params, SharedPrompts):
+                return packed_seq_params.attend(query, key, value, scale=self.softmax_scale, grouped=self.grouped)
             return self._packed(query, key, value, packed_seq_params)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         length, batch = query.shape[0], query.shape[1]
@@ -138,7 +141,7 @@ class SdpaAttention(MegatronModule):
 
 
 def with_masks(core: type) -> type:
-    """`core` for causal and packed attention, SdpaAttention where a mask is given.
+    """`core` for causal and packed attention, SdpaAttention where a mask is given or prompts are shared.
 
     Transformer Engine's attention takes a mask only for mask types that its fast kernels do not know, and ignores it
     without a word when the type is causal: left-padded rollouts would attend to their padding.
@@ -159,7 +162,8 @@ def with_masks(core: type) -> type:
             attention_bias: torch.Tensor | None = None,
             packed_seq_params: PackedSeqParams | None = None,
         ) -> torch.Tensor:
-            chosen = super().forward if attention_mask is None else self.masked
+            ours = attention_mask is not None or isinstance(packed_seq_params, SharedPrompts)
+            chosen = self.masked if ours else super().forward
             return chosen(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, attention_bias=attention_bias,
                 packed_seq_params=packed_seq_params,

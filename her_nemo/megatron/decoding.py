@@ -14,7 +14,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
-from her_nemo.megatron import parallel, platform
+from her_nemo.megatron import adapters, parallel, platform
 from her_nemo.megatron.qwen3 import Model
 
 
@@ -69,6 +69,15 @@ class Decoder:
             return None
         return output[:, -1].float()
 
+    def repeat(self, rows_B: torch.Tensor) -> None:
+        """Go on with other rows: row i with what row `rows_B[i]` has been fed so far."""
+        self._batch = len(rows_B)
+        self._valid_BK = self._valid_BK.index_select(0, rows_B)
+        self._context.max_batch_size = self._batch
+        held = self._context.key_value_memory_dict
+        for layer, (keys, values) in held.items():
+            held[layer] = keys.index_select(1, rows_B), values.index_select(1, rows_B)
+
     def _mask(self, start: int, length: int) -> torch.Tensor:
         """[B, 1, S, K] in Megatron's sense: True is hidden. A padding row sees itself, or softmax is empty."""
         end = start + length
@@ -84,7 +93,7 @@ class Decoder:
 def decoding(model: Model) -> Iterator[None]:
     """The model in evaluation mode, without gradients and without sequence parallelism: one token a
     step cannot be split over the sequence. Nor is it 16 rows for an FP8 matrix product, so decoding is in
-    bf16. Training settings come back on leaving."""
+    bf16. Adapters are on or off as the model says. Training settings come back on leaving."""
     module = model.bare()
     was_training = module.training
     sequence_parallel, fp8 = module.config.sequence_parallel, module.config.fp8
@@ -93,7 +102,7 @@ def decoding(model: Model) -> Iterator[None]:
     if sequence_parallel:
         set_model_to_sequence_parallel(module, False)
     try:
-        with torch.inference_mode():
+        with adapters.running(model, learning=False), torch.inference_mode():
             yield
     finally:
         module.config.fp8 = fp8

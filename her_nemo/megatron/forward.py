@@ -15,11 +15,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from her_nemo.megatron import adapters, parallel, platform
+from her_nemo.megatron import adapters, parallel, platform, shared_prompts
 from her_nemo.megatron.log_probs import vocab_parallel_log_probs
 from her_nemo.megatron.qwen3 import Model
+from her_nemo.megatron.shared_prompts import SharedPrompts
 
 MicroBatch = dict[str, torch.Tensor]
+_SHARED = "shared_prompts"  # in a micro-batch: its layout (SharedPrompts), where prompts are shared
 
 
 @dataclass
@@ -50,7 +52,8 @@ def forward_backward(
 
     Every micro-batch holds `tokens_BS` (int64, padded on the right), optionally `attention_mask` (bool, True where
     attention is not allowed, [B, 1, S, S]) or `cu_seqlens` (int32, B is then 1: borders of packed sequences, from 0 to
-    S), and whatever `loss_fn(outputs, micro_batch)` reads. It returns
+    S), optionally `prompt_group_B` (rows that share a prompt, computed once: shared_prompts.py), and whatever
+    `loss_fn(outputs, micro_batch)` reads. It returns
     (loss_sum, count, metrics): the sum to differentiate, how many tokens it covers (or the sum of their weights, which
     need not be whole), and sums to report. All ranks
     of one replica pass the same micro-batches, all of one shape; every rank passes the same number of them.
@@ -208,8 +211,13 @@ def _run(
     if len(shapes) > 1:
         raise ValueError(f"micro-batches of one step must have one shape, not {sorted(shapes)}")
     batch, length = next(iter(shapes))
-    unit = model.precision.multiple(batch) * (parallel.tensor_size() if model.config.sequence_parallel else 1)
+    rows = 1 if shared_prompts.GROUP in micro_batches[0] else batch
+    unit = model.precision.multiple(rows) * (parallel.tensor_size() if model.config.sequence_parallel else 1)
     padding = -length % unit
+    shared = shared_prompts.layouts(micro_batches, model.head, unit)
+    if shared is not None:
+        micro_batches = [rows | {_SHARED: one} for rows, one in zip(micro_batches, shared, strict=True)]
+        batch, length, padding = 1, shared[0].tokens_1N.shape[1], 0
     schedule = get_forward_backward_func()
     with adapters.running(model, learning=not forward_only):
         data = schedule(
@@ -235,6 +243,15 @@ def _forward_step(
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     micro_batch = to_device(next(data_iterator))
     tokens = micro_batch["tokens_BS"]
+    shared = micro_batch.get(_SHARED)
+    if shared is not None:
+        with shared.on(model.bare()):
+            said = chunk(shared.tokens_1N, position_ids=None, attention_mask=None, packed_seq_params=shared)
+
+        def spread(raw: torch.Tensor) -> Any:
+            return make_step(_shared_outputs(model, raw, tokens, shared, with_entropy, temperature), micro_batch)
+
+        return said, spread
     mask = micro_batch.get("attention_mask")
     inputs = tokens
     if padding:
@@ -292,6 +309,34 @@ def _token_outputs(
     return TokenOutputs(
         log_probs_BT=found[:, : length - 1],
         entropy_BT=None if entropy is None else entropy[:, : length - 1],
+    )
+
+
+def _shared_outputs(
+    model: Model,
+    raw: torch.Tensor,
+    tokens: torch.Tensor,
+    shared: SharedPrompts,
+    with_entropy: bool,
+    temperature: float,
+) -> TokenOutputs:
+    """The same of a packed row whose prompts are shared: outputs of reply tokens, 0 at all others."""
+    if model.config.sequence_parallel:
+        raw = raw.index_select(1, shared.source_L)
+    rows, length = tokens.shape
+    if model.head == "scalar":
+        return TokenOutputs(values_BS=shared.spread(raw[..., 0], rows, length))
+    found, entropy = vocab_parallel_log_probs(
+        raw,
+        tokens.flatten().index_select(0, shared.target_L + 1).unsqueeze(0),
+        vocab_size=model.shape.vocab_size,
+        temperature=temperature,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        with_entropy=with_entropy,
+    )
+    return TokenOutputs(
+        log_probs_BT=shared.spread(found, rows, length)[:, :-1],
+        entropy_BT=None if entropy is None else shared.spread(entropy, rows, length)[:, :-1],
     )
 
 

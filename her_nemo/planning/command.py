@@ -17,6 +17,7 @@ from her_nemo.config.errors import ConfigErrors, Problem, UserError, spoken
 from her_nemo.config.problems import MISSING
 from her_nemo.config.schema import ARCHITECTURE_KEYS, PpoConfig, RewardConfig, SftConfig
 from her_nemo.planning import preflight, preflight_files, published, search, stages
+from her_nemo.planning.servers import Servers
 from her_nemo.planning.shapes import Shape, total_parameters
 
 GB = 1e9
@@ -175,9 +176,15 @@ def _notes(config: Any, answer: Answer, length: float | None) -> list[str]:
     if isinstance(config, SftConfig | PpoConfig) and config.model.peft.lora() is not None:
         notes.append("LoRA: times are those of training all weights, and activations are an upper bound")
     if isinstance(config, PpoConfig):
-        notes.append(
-            "rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess"
-        )
+        if answer.plan.servers is None:
+            text = "rollouts come from the actor itself, kernel by kernel: slow, and its time is a rough guess"
+        else:
+            text = "vLLM's time is that of a model fitted to published runs (--published), its sync a bandwidth"
+            if config.model.ppo.vllm.servers:
+                text += "; each server is taken to have a machine"
+        notes.append(text)
+        if config.reward.is_judged:
+            notes.append("a judge's verdicts are not in the times; its checkpoint counts as large as the policy")
     return notes
 
 
@@ -224,10 +231,11 @@ def _short(option: search.Option) -> str:
 
 
 def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
-    layout, gpu = plan.layout, plan.machine.gpu
+    layout, gpu, served = plan.layout, plan.machine.gpu, plan.servers
     lines = [
         f"{_millions(answer.parameters)} parameters on {layout.gpus} x {gpu.name}: TP {layout.tensor}, "
         f"PP {layout.pipeline}, DP {layout.data}",
+        *([_servers_line(served)] if served else []),
         "",
         f"{'GB on the fullest GPU':24}{'models':>9}{'pass':>9}{'other':>9}{'total':>9}{'seconds':>10}  bound by",
     ]
@@ -260,6 +268,18 @@ def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
     return lines
 
 
+def _servers_line(served: Servers) -> str:
+    return (
+        f"rollouts on {served.gpus} more, {_count(served.count, 'vLLM server')} of TP {served.tensor}: on each GPU "
+        f"{served.weights / GB:.1f} GB weights + {served.cache / GB:.1f} GB keys and values of "
+        f"{_count(served.together, 'sequence')} at once"
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _millions(count: int) -> str:
     """A number of parameters, as models are named."""
     return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
@@ -269,7 +289,7 @@ def gpu_hours(answer: Answer) -> float:
     """GPU hours of the whole run, saving and loading left out."""
     assert answer.plan is not None
     assert answer.steps is not None
-    return answer.steps * answer.plan.step_seconds * answer.plan.layout.gpus / 3600
+    return answer.steps * answer.plan.step_seconds * answer.plan.gpus / 3600
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
@@ -302,6 +322,8 @@ def _plan_json(plan: stages.StagePlan) -> dict[str, Any]:
     return {
         "gpu": plan.machine.gpu.name,
         "layout": asdict(plan.layout),
+        "servers": asdict(plan.servers) if plan.servers else None,
+        "gpus": plan.gpus,
         "models": {name: asdict(held) for name, held in plan.parts.items()},
         "phases": [asdict(phase) | {"total": phase.total} for phase in plan.phases],
         "peak": {"phase": plan.peak.name, "bytes": plan.peak.total},

@@ -17,7 +17,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 # The prompt files there are (data/synthesis/prompts), by the name that prompt_versions takes.
 PROMPTS = (
     "role_thinking", "system_thinking_forward", "system_thinking_rewrite", "settings_gaps", "settings_lookup",
-    "principles_case", "principles_distil",
+    "principles_case", "principles_distil", "judge_transcript",
 )  # fmt: skip
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 
@@ -81,6 +81,8 @@ def synthesise(config: SynthesiseConfig, environment: Mapping[str, str]) -> Iter
         hint = "give prices.prompt_per_million and prices.completion_per_million"
         yield Problem("limits.budget", "without prices nothing can be held against it", hint=hint)
     yield from _prompts(config)
+    if config.judge.library is not None and not Path(config.judge.library).is_file():
+        yield Problem("judge.library", f"{config.judge.library}: no such file", hint="give one, or null")
     ranges = {
         "role_thinking.min_characters": (config.role_thinking.min_characters, config.role_thinking.max_characters),
         "system_thinking.min_characters": (
@@ -100,11 +102,11 @@ def synthesise(config: SynthesiseConfig, environment: Mapping[str, str]) -> Iter
 
 
 def _conversations(config: SynthesiseConfig) -> Iterator[Problem]:
-    """The source: a file, or (but for principles) a directory that ingest wrote."""
+    """The source: a file, or (but for principles and judge) a directory that ingest wrote."""
     place = Path(config.source)
     if not place.is_dir():
         yield from _file("source", config.source)
-    elif config.stage == "principles":
+    elif config.stage in ("principles", "judge"):
         yield Problem("source", f"{place}: is a directory", hint="name a file of preference pairs")
     elif not (place / "conversations.parquet").is_file():
         hint = "her-nemo data ingest writes it; or name a file of conversations"

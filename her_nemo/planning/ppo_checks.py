@@ -69,8 +69,11 @@ def _reward(config: PpoConfig) -> Iterator[Problem]:
     weighs = reward.kind == "rules" or (reward.kind == "mix" and reward.mix.rules > 0)
     if weighs and not (rules.format or rules.leak or rules.length or rules.repetition):
         yield Problem("reward.rules", "every rule has weight 0", hint="give one of them a weight")
-    if reward.kind == "mix" and not (reward.mix.scalar or reward.mix.rules):
+    if reward.kind == "mix" and not (reward.mix.scalar or reward.mix.rules or reward.mix.generative):
         yield Problem("reward.mix", "every part has weight 0", hint="give one of them a weight")
+    if reward.kind == "verdict" and not reward.verdict.correct:
+        text = "0: a judge would learn the form of a verdict and nothing else"
+        yield Problem("reward.verdict.correct", text, hint="give it a weight, 1 say")
     if rules.min_words > rules.max_words:
         yield Problem("reward.rules.min_words", f"{rules.min_words} is more than max_words = {rules.max_words}")
     if variety.rewarded and config.model.ppo.num_samples_per_prompt < 2:

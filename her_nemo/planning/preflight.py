@@ -14,8 +14,12 @@ from her_nemo.config.architecture import (
     architecture_from_megatron,
     megatron_manifest,
 )
+from her_nemo.config.chat import ChatConfig
 from her_nemo.config.compose import load
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
+from her_nemo.config.evaluation import CoserConfig
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
@@ -35,9 +39,13 @@ from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.planning import (
     adapter_checks,
     backend_checks,
+    benchmark_checks,
+    chat_checks,
     data_checks,
+    judge_checks,
     ppo_checks,
     precision_checks,
+    roleplay_bench_checks,
     rollout_checks,
 )
 from her_nemo.roleplay.kinds import Kind
@@ -62,16 +70,28 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
     if isinstance(config, PpoConfig):
         problems += [*_ppo(config), *_scorers(config, shape | config.model.architecture())]
         problems += rollout_checks.check(config, shape | config.model.architecture())
+        problems += judge_checks.check(config, environment or {})
     if isinstance(config, ConvertConfig | ExportConfig):
         problems += _conversion(config, environment or {})
     if isinstance(config, VerifyConfig):
         problems += [*_source("a", config.a)[1], *_source("b", config.b)[1]]
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, EvaluateConfig | JudgeConfig):
         problems += _evaluation(config)
+    if isinstance(config, CoserConfig):
+        problems += benchmark_checks.coser(config, environment or {})
+    if isinstance(config, ChatConfig):
+        shape, found = ({}, []) if config.checkpoint is None else _source("checkpoint", config.checkpoint)
+        problems += [*found, *chat_checks.check(config, shape, environment or {})]
+    if isinstance(config, RoleplayBenchConfig):
+        problems += roleplay_bench_checks.bench(config, environment or {})
+    if isinstance(config, CompareConfig):
+        problems += roleplay_bench_checks.comparison(config)
     if isinstance(config, DemoConfig):
         problems += _demo(config)
     if isinstance(config, IngestConfig):
         problems += data_checks.ingest(config)
+    if isinstance(config, JudgePromptsConfig):
+        problems += [*_file("source", config.source), *_target("out", config.out)]
     if isinstance(config, SynthesiseConfig):
         problems += data_checks.synthesise(config, environment or {})
     if isinstance(config, InspectConfig):
@@ -317,10 +337,13 @@ def _ppo(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:
-    """Reward model and critic: they are there, read the actor's tokens, and can be cut up as the actor is."""
+    """Reward model, critic and judge: they are there, and can be cut up as the actor is. But for the judge, who reads
+    texts, they read the actor's tokens."""
+    judge = "reward.generative.judge.restore_from_path"
     paths = {
         "reward.restore_from_path": config.reward.restore_from_path,
         "critic.restore_from_path": config.critic.restore_from_path,
+        judge: config.reward.generative.judge.restore_from_path if config.reward.is_judged else None,
     }
     for key, path in paths.items():
         if path is None:
@@ -328,7 +351,7 @@ def _scorers(config: PpoConfig, actor: Shape) -> Iterator[Problem]:
         shape, found = _source(key, path)
         yield from found
         rows = shape.get("vocab_size")
-        if rows is not None and rows != actor.get("vocab_size", rows):
+        if key != judge and rows is not None and rows != actor.get("vocab_size", rows):
             text = f"{path}: has a vocabulary of {rows}, but the actor's is {actor['vocab_size']}"
             yield Problem(key, text, hint="give one that was trained from the same tokenizer")
         for problem in _cut(config.model, shape):
@@ -365,7 +388,7 @@ def _conversion(config: ConvertConfig | ExportConfig, environment: Mapping[str, 
         )
 
 
-def _evaluation(config: EvaluateConfig) -> Iterator[Problem]:
+def _evaluation(config: EvaluateConfig | JudgeConfig) -> Iterator[Problem]:
     shape, found = _source("model", config.model)
     yield from found
     if not found and not (Path(config.model) / "config.json").is_file():
@@ -374,7 +397,7 @@ def _evaluation(config: EvaluateConfig) -> Iterator[Problem]:
             "model", f"{config.model}: vLLM reads Hugging Face directories (with config.json)", hint=hint
         )
     yield from _file("prompts", config.prompts)
-    if config.scenes is not None:
+    if isinstance(config, EvaluateConfig) and config.scenes is not None:
         yield from _file("scenes", config.scenes)
     yield from _target("out", config.out)
     limit = config.max_model_len or shape.get("max_position_embeddings")

@@ -15,6 +15,7 @@ from typing import Any
 from her_nemo.config.architecture import Shape as ArchitectureKeys
 from her_nemo.config.architecture import architecture_from_hf, architecture_from_megatron, megatron_manifest
 from her_nemo.config.errors import Problem, UserError
+from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     EvaluateConfig,
@@ -31,6 +32,7 @@ from her_nemo.planning.stages import TrainingConfig
 ROWS = 3  # looked at, per file
 RUN_DIR = "exp_manager.explicit_log_dir"
 PAIR = ("messages", "chosen", "rejected")
+LABELLED = ("trace_id", "messages", "better")
 CONVERSATION = ("conversation_id", "characters", "turns")
 _FORMATS = PARAMETER_BYTES | {"float32": 4, "bfloat16": 2, "float16": 2}
 _COUNTED = ("num_layers", "hidden_size", "vocab_size")  # of a shape that is known
@@ -42,11 +44,14 @@ def check(config: TrainingConfig, architecture: ArchitectureKeys) -> list[Proble
     """Everything wrong with files that are there; files that are not are `preflight.check`'s."""
     data = config.model.data
     wanted = PAIR if isinstance(config, RewardConfig) else ("messages",)
+    if isinstance(config, PpoConfig) and config.reward.kind == "verdict":
+        wanted = LABELLED
     given = config.model.tokenizer.path
     tokenizer = "model.tokenizer.path" if given else "pretrained_checkpoint.restore_from_path"
     found = [
         *_rows("model.data.train_ds.file_path", data.train_ds.file_path, wanted),
         *_rows("model.data.validation_ds.file_path", data.validation_ds.file_path, wanted),
+        *(_compared_with(config) if isinstance(config, PpoConfig) else ()),
         *_vocabulary(tokenizer, given or config.pretrained_checkpoint.restore_from_path, architecture),
         *_resume(config, architecture),
     ]
@@ -56,7 +61,7 @@ def check(config: TrainingConfig, architecture: ArchitectureKeys) -> list[Proble
 
 
 def check_others(config: StageConfig) -> list[Problem]:
-    """The same for the stages that train nothing: convert, export, evaluate, data synthesise."""
+    """The same for the stages that train nothing: convert, export, evaluate, judge, data judge and data synthesise."""
     found: list[Problem] = []
     if isinstance(config, ConvertConfig | ExportConfig):
         reads = config.source if isinstance(config, ConvertConfig) else config.checkpoint
@@ -75,10 +80,15 @@ def check_others(config: StageConfig) -> list[Problem]:
     if isinstance(config, EvaluateConfig):
         found += _rows("prompts", config.prompts, ("messages",) if config.scenes is None else ("messages", "trace_id"))
         found += _vocabulary("model", config.model, architecture_of(config.model))
+    if isinstance(config, JudgeConfig):
+        found += _rows("prompts", config.prompts, LABELLED)
+        found += _vocabulary("model", config.model, architecture_of(config.model))
+    if isinstance(config, JudgePromptsConfig):
+        found += _rows("source", config.source, PAIR)
     if isinstance(config, SynthesiseConfig):
         place = Path(config.source)
         conversations = str(place / "conversations.parquet") if place.is_dir() else config.source
-        found += _rows("source", conversations, PAIR if config.stage == "principles" else CONVERSATION)
+        found += _rows("source", conversations, PAIR if config.stage in ("principles", "judge") else CONVERSATION)
     return found
 
 
@@ -93,6 +103,12 @@ def architecture_of(path: str) -> ArchitectureKeys:
     except UserError:
         return {}
     return {}
+
+
+def _compared_with(config: PpoConfig) -> Iterator[Problem]:
+    """The replies that a judge compares with are rows of SFT."""
+    if config.reward.is_judged:
+        yield from _rows("reward.generative.replies", config.reward.generative.replies, ("messages",))
 
 
 def _rows(key: str, path: str | None, wanted: Sequence[str]) -> Iterator[Problem]:

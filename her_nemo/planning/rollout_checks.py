@@ -106,6 +106,13 @@ def _dialogue(config: PpoConfig) -> Iterator[Problem]:
     if ppo.one_step_off:
         text = "a conversation is generated turn by turn, and the next one cannot be begun beside training"
         yield Problem("model.ppo.one_step_off", text, hint=f"set it to false, or {prefix}.turns=1")
+    if config.reward.kind == "verdict":
+        text = "verdict: a judge answers a prompt once, there is no conversation"
+        yield Problem("reward.kind", text, hint=f"use another reward, or {prefix}.turns=1")
+    against = config.reward.generative.against
+    if config.reward.is_judged and against != "sft":
+        text = f"{against}: replies of a later turn answer a prompt of their own, which no other reply answers"
+        yield Problem("reward.generative.against", text, hint=f"use sft, or {prefix}.turns=1")
     if dialogue.discount != 1.0 and dialogue.credit != "to_go":
         text = f"has no effect with {prefix}.credit={dialogue.credit}"
         yield Problem(f"{prefix}.discount", text, hint=f"set {prefix}.credit=to_go, or leave it out")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from her_nemo.config.errors import UserError
+from her_nemo.config.schema import PpoConfig
 from her_nemo.planning import precision_checks
 from her_nemo.planning.calibration import GPUS
 from her_nemo.planning.preflight import data_parallel_size
@@ -18,6 +19,7 @@ TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size
 RECOMPUTE = "model.activations_checkpoint_"
 FULL = {f"{RECOMPUTE}granularity": "full", f"{RECOMPUTE}method": "uniform", f"{RECOMPUTE}num_layers": 1}
 NONE = dict.fromkeys(FULL, None)
+NODES, ENGINE, SERVERS = "trainer.num_nodes", "model.ppo.rollout_engine", "model.ppo.vllm.servers"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Option:
         """The changes as command-line overrides."""
         words = {True: "true", False: "false", None: "null"}
         return " ".join(
-            f"{key}={words[value] if value is None or isinstance(value, bool) else value}"
+            f'"{key}={value}"'
+            if isinstance(value, list)
+            else f"{key}={words[value] if value is None or isinstance(value, bool) else value}"
             for key, value in self.changes.items()
         )
 
@@ -43,6 +47,7 @@ class Option:
         return (
             f"{share:.0%} of the step is {slowest.name} ({slowest.bottleneck}); fullest in {self.plan.peak.name}, "
             f"{self.plan.headroom / 1e9:.0f} GB free"
+            + (f"; slurm/rl.sh does it with VLLM_NODES={len(self.changes[SERVERS])}" if SERVERS in self.changes else "")
         )
 
 
@@ -81,7 +86,8 @@ def _divides(config: TrainingConfig, shape: Shape) -> bool:
 def layouts(
     config: TrainingConfig, shape: Shape, *, length: float | None = None, best: int = 5, fp8: bool = False
 ) -> list[Option]:
-    """The `best` fastest configurations that fit, over TP, PP, DP, micro-batch, recomputation and precision.
+    """The `best` fastest configurations that fit, over TP, PP, DP, micro-batch, recomputation, precision and, of PPO,
+    who generates: the actor, or vLLM on some of the machines.
 
     TP stays within a machine; sequence parallelism goes with TP. DP follows from the rest. FP8 changes what is learned
     more than bf16 does, so it is looked at only if asked for (`fp8`). Context parallelism and interleaved stages are
@@ -98,9 +104,7 @@ def layouts(
     found: list[Option] = []
     trainer = config.trainer
     tensors = [size for size in (1, 2, 4, 8) if size <= trainer.devices]
-    pipelines = [
-        size for size in range(1, shape.num_layers + 1) if trainer.world_size % size == 0 and size <= 16
-    ]
+    pipelines = [size for size in range(1, 17) if shape.num_layers % size == 0]
     precisions = [
         {"trainer.precision": name} for name in dict.fromkeys([trainer.precision, "bf16-mixed", "bf16"])
     ]
@@ -108,10 +112,10 @@ def layouts(
         precisions = [{**choice, "model.fp8": False} for choice in precisions]
         precisions.append({"trainer.precision": "bf16-mixed", "model.fp8": True})
     too_large: set[tuple[Any, ...]] = set()  # a larger micro-batch needs no less
-    for rows, tensor, pipeline, redo, precision in itertools.product(
-        (1, 2, 4, 8), tensors, pipelines, (False, True), precisions
+    for rows, engine, tensor, pipeline, redo, precision in itertools.product(
+        (1, 2, 4, 8), _engines(config), tensors, pipelines, (False, True), precisions
     ):
-        kind = (tensor, pipeline, redo, *precision.values())
+        kind = (tensor, pipeline, redo, engine.get(NODES), *precision.values())
         if kind in too_large:
             continue
         changes = {
@@ -120,7 +124,7 @@ def layouts(
             "model.sequence_parallel": tensor > 1,
             "model.micro_batch_size": rows,
         }
-        changes |= (FULL if redo else NONE) | precision
+        changes |= (FULL if redo else NONE) | precision | engine
         changed = with_keys(config, changes)
         if _divides(changed, shape):
             option = Option(changes, plan(changed, shape, length))
@@ -138,11 +142,23 @@ def _news(config: TrainingConfig, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distinct(options: list[Option]) -> list[Option]:
-    """One option per TP and PP: its fastest. Else the list would be one layout in five shades."""
-    seen: dict[tuple[int, int], Option] = {}
+    """One option per TP, PP and machines: its fastest. Else the list would be one layout in five shades."""
+    seen: dict[tuple[int, int, int | None], Option] = {}
     for option in options:
-        seen.setdefault((option.changes[TP], option.changes[PP]), option)
+        seen.setdefault((option.changes[TP], option.changes[PP], option.changes.get(NODES)), option)
     return list(seen.values())
+
+
+def _engines(config: TrainingConfig) -> list[dict[str, Any]]:
+    """Who may generate in PPO: as configured, or vLLM on one, a quarter or half of the machines."""
+    found: list[dict[str, Any]] = [{}]
+    nodes = config.trainer.num_nodes
+    if not isinstance(config, PpoConfig) or config.model.ppo.rollout_engine == "vllm":
+        return found
+    for serving in sorted({1, nodes // 4, nodes // 2} - {0, nodes}):
+        urls = [f"http://node{nodes - serving + index + 1}:8000" for index in range(serving)]
+        found.append({NODES: nodes - serving, ENGINE: "vllm", SERVERS: urls})
+    return found
 
 
 def _single_changes(config: TrainingConfig) -> Iterator[dict[str, Any]]:
@@ -172,7 +188,7 @@ def _single_changes(config: TrainingConfig) -> Iterator[dict[str, Any]]:
         yield {TP: model.tensor_model_parallel_size * factor, "model.sequence_parallel": True}
         yield {PP: model.pipeline_model_parallel_size * factor}
     for factor in (2, 4):
-        yield {"trainer.num_nodes": config.trainer.num_nodes * factor}
+        yield {NODES: config.trainer.num_nodes * factor}
 
 
 def _get(config: Any, key: str) -> Any:
@@ -207,5 +223,5 @@ def fixes(
         if len(found) >= best:
             break
     # A change of the file costs nothing, machines do.
-    found.sort(key=lambda o: ("trainer.num_nodes" in o.changes, o.plan.step_seconds * o.plan.layout.gpus))
+    found.sort(key=lambda o: (NODES in o.changes, o.plan.step_seconds * o.plan.gpus))
     return found[:best]

@@ -1,7 +1,8 @@
 """A stage's configuration as work for GPUs: which models lie on each, what every phase needs, how long it takes.
 
 What is planned is what the stages do: PPO keeps actor, critic, reference and reward model on the same ranks, and the
-actor itself generates (rollout/megatron_engine.py). Lengths are the longest allowed unless a mean length is given.
+actor itself generates (rollout/megatron_engine.py), or vLLM servers do, on GPUs of their own (`servers`). Lengths are
+the longest allowed unless a mean length is given.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 from her_nemo.config.lora import Lora
 from her_nemo.config.schema import ModelConfig, PpoConfig, RewardConfig, SftConfig
 from her_nemo.planning import calibration as cal
-from her_nemo.planning import memory, timing
+from her_nemo.planning import memory, servers, timing
 from her_nemo.planning.memory import ModelBytes, Recompute
+from her_nemo.planning.servers import Servers
 from her_nemo.planning.shapes import Head, Layout, Shape
 from her_nemo.planning.timing import Machine, Work
 
@@ -61,7 +63,13 @@ class StagePlan:
     layout: Layout
     machine: Machine
     tokens_per_step: float
+    servers: Servers | None = None  # on GPUs of their own
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the run takes, the servers' among them."""
+        return self.layout.gpus + (self.servers.gpus if self.servers else 0)
 
     @property
     def peak(self) -> Phase:
@@ -82,7 +90,7 @@ class StagePlan:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        return self.tokens_per_step / self.step_seconds / self.layout.gpus
+        return self.tokens_per_step / self.step_seconds / self.gpus
 
 
 @dataclass(frozen=True)
@@ -243,9 +251,11 @@ def plan(config: TrainingConfig, shape: Shape, length: float | None = None) -> S
     return _supervised(planner, config)
 
 
-def _finish(planner: Planner, parts: list[Part], phases: list[Phase], tokens: float) -> StagePlan:
+def _finish(
+    planner: Planner, parts: list[Part], phases: list[Phase], tokens: float, served: Servers | None = None
+) -> StagePlan:
     held = {part.name: planner.held(part, 0) for part in parts}
-    return StagePlan(held, phases, planner.layout, planner.machine, tokens)
+    return StagePlan(held, phases, planner.layout, planner.machine, tokens, served)
 
 
 def _learning(
@@ -300,14 +310,11 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     if lora is None or model.peft.restore_from_path is not None:
         parts.append(Part("reference", "lm", False, lora=lora))  # else it is the actor without its adapters
     parts += [Part("reward model", "scalar", False)] if has_reward_model else []
+    judged = config.reward.is_judged and config.reward.generative.judge.restore_from_path is not None
+    parts += [Part("judge", "lm", False)] if judged else []  # counted as large as the policy
     samples, mine = ppo.num_rollout_samples, max(1, ppo.num_rollout_samples // planner.layout.data)
     resident = mine * model.encoder_seq_length * EXPERIENCE_BYTES
-    longest = min(ppo.length_params.max_length, planner.length)
     scoring = {"sequences": samples, "length": planner.length, "micro_batch": ppo.forward_micro_batch_size}
-    rollout = timing.eager_generation_seconds(
-        planner.work(), sequences=mine, prompt=max(1.0, planner.length - longest), longest=longest,
-        concurrent=ppo.rollout_micro_batch_size,
-    )  # fmt: skip
     passes = 2 * timing.forward_seconds(planner.work(), **scoring)
     passes += (has_critic + has_reward_model) * timing.forward_seconds(planner.work("scalar"), **scoring)
     updates = {
@@ -318,14 +325,37 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     }
     still = dict.fromkeys(planner.stages, 0)
     scored = {s: resident + planner.scoring_bytes(s, ppo.forward_micro_batch_size) for s in planner.stages}
+    served = servers.of(config, planner.shape, planner.machine, planner.length)
     phases = [
         planner.fullest("load", parts, still, 0.0),
-        planner.fullest("rollout", parts, dict.fromkeys(planner.stages, planner.rollout_bytes(config)), rollout,
-                        "launches: one token at a time, kernel by kernel"),
         planner.fullest("scoring", parts, scored, passes, "matrices"),
         *(_learning(planner, "critic update", parts, critic, **updates) if has_critic else []),
         *_learning(planner, "actor update", parts, actor, entropy=ppo.entropy_bonus > 0, **updates),
         planner.fullest("save", parts, still, 0.0),
-        planner.fullest("sync", parts, still, 0.0, "nothing to move: the actor itself generates"),
-    ]  # fmt: skip
-    return _finish(planner, parts, phases, samples * planner.length)
+    ]
+    trained = sum(phase.seconds for phase in phases)
+    phases.insert(1, _rollout(planner, config, parts, served, trained if ppo.one_step_off else 0.0))
+    if served is None:
+        phases.append(planner.fullest("sync", parts, still, 0.0, "nothing to move: the actor itself generates"))
+    else:
+        phases.append(planner.fullest("sync", parts, still, served.sync_seconds, "weights to the servers"))
+    return _finish(planner, parts, phases, samples * planner.length, served)
+
+
+def _rollout(
+    planner: Planner, config: PpoConfig, parts: list[Part], served: Servers | None, beside: float
+) -> Phase:
+    """Generating: on the trainer's GPUs, or on a server's. `beside`: seconds of training that it may hide behind."""
+    ppo = config.model.ppo
+    if served is not None:
+        seen = max(0.0, served.rollout_seconds - beside)
+        why = f"{served.rollout_seconds:.1f} s on the servers" + (", beside training" if beside else "")
+        return Phase("rollout (server)", served.weights, served.cache, cal.CONTEXT_BYTES, seen, why)
+    mine = max(1, ppo.num_rollout_samples // planner.layout.data)
+    longest = min(ppo.length_params.max_length, planner.length)
+    seconds = timing.eager_generation_seconds(
+        planner.work(), sequences=mine, prompt=max(1.0, planner.length - longest), longest=longest,
+        concurrent=ppo.rollout_micro_batch_size,
+    )  # fmt: skip
+    needed = dict.fromkeys(planner.stages, planner.rollout_bytes(config))
+    return planner.fullest("rollout", parts, needed, seconds, "launches: one token at a time, kernel by kernel")

@@ -6,6 +6,7 @@ import torch
 
 from her_nemo.megatron import forward
 from her_nemo.megatron.qwen3 import Model
+from her_nemo.megatron.shared_prompts import GROUP
 from her_nemo.rewards.reward import Replies, Scores
 from her_nemo.rewards.scalar import score_at_last_token
 
@@ -13,11 +14,22 @@ from her_nemo.rewards.scalar import score_at_last_token
 class ScalarReward:
     """A Bradley-Terry reward model as a `Reward`. It judges token ids, so every reply has a score."""
 
-    def __init__(self, model: Model, micro_batch_size: int) -> None:
+    def __init__(self, model: Model, micro_batch_size: int, share_prompts: bool = False) -> None:
+        """`share_prompts`: read a prompt once for all replies to it (megatron/shared_prompts.py)."""
         self._model = model
         self._size = micro_batch_size
+        self._share_prompts = share_prompts
 
     def __call__(self, replies: Replies) -> Scores:
-        rows = [{"tokens_BS": part} for part in replies.tokens_BS.split(self._size)]
+        given = {"tokens_BS": replies.tokens_BS}
+        if self._share_prompts:
+            device = replies.tokens_BS.device
+            given |= {
+                "lengths_B": replies.lengths_B,
+                "prompt_lengths_B": torch.tensor([len(ids) for ids in replies.prompt_ids], device=device),
+                GROUP: torch.arange(len(replies), device=device) // replies.group_size,
+            }
+        parts = zip(*(tensor.split(self._size) for tensor in given.values()), strict=True)
+        rows = [dict(zip(given, part, strict=True)) for part in parts]
         scores_B = score_at_last_token(torch.cat(forward.values(self._model, rows)), replies.lengths_B)
         return Scores(scores_B, torch.ones_like(scores_B, dtype=torch.bool))

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from her_nemo.rewards.reward import Replies, Scores
+from her_nemo.rewards.reward import Replies, Scores, messages_of
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.layouts import read_prompt
 from her_nemo.roleplay.measures import VERBATIM_WORDS, leaks, repetition, words
@@ -21,7 +21,6 @@ from her_nemo.roleplay.turn import Turn, parse_turn
 from her_nemo.roleplay.views import Reader, view
 
 RULES = ("format", "leak", "length", "repetition")
-_MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -42,19 +41,19 @@ class Told:
 @lru_cache(maxsize=4096)
 def told(prompt: str) -> Told:
     """Reads a prompt as it is served, with its control tokens."""
-    messages = _MESSAGE.findall(prompt)
+    messages = messages_of(prompt)
     name, thoughts = None, []
-    if messages and messages[0][0] == "system":
+    if messages and messages[0]["role"] == "system":
         try:
-            seen, _ = read_prompt(messages[0][1])
+            seen, _ = read_prompt(messages[0]["content"])
         except ValueError:
             pass  # another layout than ours: no name to expect, and no section that is known to be secret
         else:
             name = seen.name
             thoughts += _SENTENCE_END.split(seen.inner_thoughts)
-    for role, text in messages:
-        if role == "assistant":
-            turn = parse_turn(text, expect_plan=False)
+    for message in messages:
+        if message["role"] == "assistant":
+            turn = parse_turn(message["content"], expect_plan=False)
             thoughts += [segment.text for segment in turn.segments if segment.kind.private]
     return Told(name, tuple(text for text in thoughts if len(words(text)) >= VERBATIM_WORDS))
 

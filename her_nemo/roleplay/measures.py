@@ -1,7 +1,7 @@
 """What can be measured of the text of replies: leaks, repetition, how alike they are. Pure, without torch.
 
 The vitals of an evaluation, the rule rewards and the diversity control of PPO all measure here. Words are
-runs of letters and digits, in lower case.
+runs of letters and digits, in lower case; writing without blanks (Chinese, Japanese) counts by the character.
 """
 
 from __future__ import annotations
@@ -12,19 +12,26 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from her_nemo.roleplay.kinds import Kind
+from her_nemo.roleplay.names import same_name
 from her_nemo.roleplay.turn import Turn
 from her_nemo.roleplay.views import Reader, view
 
 # Runs of thought this short ("I see", "Not now") may well be said aloud too, and tell nothing.
 VERBATIM_WORDS = 6
 _BLEU_ORDER = 4
-_WORD = re.compile(r"\w+")
+# Kana and the CJK ideographs with their extensions.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_UNSPACED_SIGN = re.compile(rf"[{_UNSPACED}]")
+# A Chinese word has 1.7 characters in running text: six words are about ten characters.
+_CHARACTER_WEIGHT, _WORD_WEIGHT = 6, 10
 _SIMPLE_STRIP = re.compile(r"<(system_thinking|role_thinking)>.*?</\1>", re.DOTALL)
 _TAG_LIKE = re.compile(r"</?[A-Za-z_]+>")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
+    """The words of a text, in lower case; each Chinese or Japanese character is one."""
     return _WORD.findall(text.lower())
 
 
@@ -41,7 +48,8 @@ def leaks(turn: Turn, secrets: Sequence[str] = ()) -> bool:
     1. text that the parser reads as thought is left standing once every exact `<system_thinking>...
        </system_thinking>` and `<role_thinking>...</role_thinking>` is cut out, as simple front ends do: a
        thought that is unclosed, has a mangled tag, or has lost its opening tag;
-    2. a whole thought of `VERBATIM_WORDS` words or more stands word for word in the user's view;
+    2. a whole thought of `VERBATIM_WORDS` words or more (ten Chinese characters) stands word for word in the
+       user's view;
     3. one of `secrets` stands in the user's view as a whole word (or run of words).
     A thought written without any tag cannot be told from speech and is not found.
     """
@@ -56,8 +64,37 @@ def leaks(turn: Turn, secrets: Sequence[str] = ()) -> bool:
                 return True
     visible = words(view(turn, Reader.USER))
     thoughts = [words(segment.text) for segment in turn.segments if segment.kind.private]
-    hidden = [text for text in thoughts if len(text) >= VERBATIM_WORDS] + [words(word) for word in secrets]
+    hidden = [text for text in thoughts if _long_enough(text)] + [words(word) for word in secrets]
     return any(contains_words(visible, text) for text in hidden)
+
+
+def _long_enough(text: Sequence[str]) -> bool:
+    weights = (_CHARACTER_WEIGHT if _UNSPACED_SIGN.match(word) else _WORD_WEIGHT for word in text)
+    return sum(weights) >= VERBATIM_WORDS * _WORD_WEIGHT
+
+
+def speaks_for(turn: Turn, others: Sequence[str]) -> bool:
+    """Whether a turn says or does something in the name of one of `others`.
+
+    True when, in what can be seen and heard, a line or a sentence of speech begins with such a name and a colon
+    (`Tomas: Yes.`), or an action begins with the name as its subject (`*Tomas nods*`, not `*Tomas's cup falls*`).
+    A turn whose own name prefix is another's does so too. What is said about others inside its own sentences is
+    not found.
+    """
+    names = [re.escape(name.strip()) for name in others if name.strip()]
+    if not names:
+        return False
+    if turn.name is not None and any(same_name(turn.name, name) for name in others):
+        return True
+    either = "|".join(sorted(names, key=len, reverse=True))
+    prefix = re.compile(rf"(?:^|[\n.!?\u3002\uff01\uff1f\u201d\"])\s*(?:{either})\s*[:\uff1a]", re.IGNORECASE)
+    subject = re.compile(rf"\s*(?:{either})(?:\s+\w|(?!\u7684)[{_UNSPACED}])", re.IGNORECASE)
+    for segment in turn.segments:
+        if segment.kind is Kind.SPEECH and prefix.search(segment.text):
+            return True
+        if segment.kind is Kind.ROLE_ACTION and (subject.match(segment.text) or prefix.search(segment.text)):
+            return True
+    return False
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:

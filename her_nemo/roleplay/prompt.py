@@ -75,37 +75,45 @@ def build_messages(
     history: Iterable[Utterance],
     layout: Layout = Layout.HER,
     heading: Heading = Heading.EQUALS,
+    mine: Reader = Reader.SELF_LATER,
 ) -> list[Message]:
     """The prompt for `me`'s next turn: system, then user and assistant messages.
 
     Others' turns that follow each other become one user message. Two turns of `me` in a row stay two
     assistant messages. A conversation that `me` opens gets a first user message with the head alone. The
-    history is written in the layout's dialect; names are compared by `same_name`.
+    history is written in the layout's dialect; names are compared by `same_name`. `mine` is how `me` sees his own
+    turns: SELF_NOW keeps them as they were written, plans included.
     """
     content = system.text(layout, heading) if isinstance(system, RolePrompt) else system
     messages: list[Message] = [{"role": "system", "content": content}]
     for utterance in history:
-        add_utterance(messages, me, utterance, layout)
+        add_utterance(messages, me, utterance, layout, mine)
     if len(messages) == 1:
         messages.append({"role": "user", "content": CONVERSATION_START})
     return messages
 
 
 def add_utterance(
-    messages: list[Message], me: str, utterance: Utterance, layout: Layout = Layout.HER
+    messages: list[Message],
+    me: str,
+    utterance: Utterance,
+    layout: Layout = Layout.HER,
+    mine: Reader = Reader.SELF_LATER,
 ) -> bool:
     """Append one turn to a prompt of `me`, as `build_messages` would have. Returns whether `me` sees anything of it;
     if not, the prompt stays as it is.
 
     `messages` begins with a system or a user message. What others say after another user message becomes part of it.
     """
-    mine = same_name(utterance.speaker, me)
-    reader = Reader.SELF_LATER if mine else Reader.OTHER_CHARACTER
-    text = render_utterance(utterance, reader, layout.dialect)
+    own = same_name(utterance.speaker, me)
+    if own and mine is Reader.SELF_NOW:
+        text = utterance.text
+    else:
+        text = render_utterance(utterance, mine if own else Reader.OTHER_CHARACTER, layout.dialect)
     if not text:
         return False
     opened = messages[-1]["role"] != "system"
-    if mine:
+    if own:
         if not opened:
             messages.append({"role": "user", "content": CONVERSATION_START})
         messages.append({"role": "assistant", "content": text})

@@ -55,14 +55,24 @@ class Experience:
     rewards_BT: torch.Tensor = field(init=False)
     advantages_BT: torch.Tensor = field(init=False)
     returns_BT: torch.Tensor = field(init=False)
+    prompt_group_B: torch.Tensor | None = (
+        None  # int64, equal for replies to one prompt, where it is computed once for them
+    )
 
     @classmethod
     def from_rollout(
-        cls, rollout: Rollout, kinds: Sequence[Sequence[int]], *, pad_id: int, length: int | None = None
+        cls,
+        rollout: Rollout,
+        kinds: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        length: int | None = None,
+        shared_by: int | None = None,
     ) -> Experience:
         """Lay out prompts and replies, padded to `length` (None: to the longest row of this replica).
 
-        `kinds[i]` names the segment kind of each token of reply i.
+        `kinds[i]` names the segment kind of each token of reply i. `shared_by`: that many replies in a row answer one
+        prompt, and forwards compute it once for them (megatron/shared_prompts.py); None: a row a reply.
         """
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         size = max(lengths) if length is None else length
@@ -88,6 +98,7 @@ class Experience:
             torch.tensor(rollout.finished, device=device),
             torch.full((batch,), rollout.weight_version, device=device),
             torch.ones(batch, dtype=torch.bool, device=device),
+            prompt_group_B=None if shared_by is None else torch.arange(batch, device=device) // shared_by,
         )
 
     def __len__(self) -> int:

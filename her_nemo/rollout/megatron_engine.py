@@ -24,12 +24,16 @@ class MegatronEngine:
         model: the actor, as it trains.
         pad_id: token written left of short prompts; the attention mask hides it.
         micro_batch_size: sequences decoded together; bounds the KV cache.
+        share_prompts: replies to one prompt get its keys and values from one prefill.
     """
 
-    def __init__(self, model: Model, *, pad_id: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, model: Model, *, pad_id: int, micro_batch_size: int, share_prompts: bool = False
+    ) -> None:
         self._model = model
         self._pad_id = pad_id
         self._micro_batch_size = micro_batch_size
+        self._share_prompts = share_prompts
         self._version = 0
         self.staleness = 0
 
@@ -92,21 +96,17 @@ class MegatronEngine:
         self, prompts: list[list[int]], uniforms_BT: torch.Tensor, sampling: Sampling
     ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
         device = platform.device()
-        longest = max(len(prompt) for prompt in prompts)
-        tokens_BP = torch.full((len(prompts), longest), self._pad_id, dtype=torch.long)
-        valid_BP = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens_BP[row, longest - len(prompt) :] = torch.tensor(prompt)
-            valid_BP[row, longest - len(prompt) :] = True
-        decoder = Decoder(self._model, valid_BP.to(device), longest + sampling.max_tokens)
+        decoder, step_tokens, repeat_B = self._prefill_of(prompts, sampling.max_tokens)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         uniforms_BT = uniforms_BT.to(device)
         done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         chosen: list[torch.Tensor] = []
         scored: list[torch.Tensor] = []
-        step_tokens = tokens_BP.to(device)
         for step in range(sampling.max_tokens):
             logits_BV = decoder.advance(step_tokens)
+            if step == 0 and repeat_B is not None:
+                decoder.repeat(repeat_B)
+                logits_BV = None if logits_BV is None else logits_BV.index_select(0, repeat_B)
             picked = torch.zeros(2, len(prompts), dtype=torch.float64, device=device)
             if logits_BV is not None:
                 ban = sampling.stop_ids if step < sampling.min_tokens else ()
@@ -123,6 +123,24 @@ class MegatronEngine:
                 break
             step_tokens = token_B[:, None]
         return _collect(torch.stack(chosen, 1), torch.stack(scored, 1), done_B)
+
+    def _prefill_of(
+        self, prompts: list[list[int]], max_tokens: int
+    ) -> tuple[Decoder, torch.Tensor, torch.Tensor | None]:
+        """A decoder, the left-padded prompts to begin with, and, where they are shared, which of them a reply is to."""
+        device, repeat_B = platform.device(), None
+        if self._share_prompts:
+            rows: dict[tuple[int, ...], int] = {}
+            repeat_B = torch.tensor([rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts], device=device)
+            prompts = [list(prompt) for prompt in rows]
+        longest = max(len(prompt) for prompt in prompts)
+        tokens_BP = torch.full((len(prompts), longest), self._pad_id, dtype=torch.long)
+        valid_BP = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens_BP[row, longest - len(prompt) :] = torch.tensor(prompt)
+            valid_BP[row, longest - len(prompt) :] = True
+        decoder = Decoder(self._model, valid_BP.to(device), longest + max_tokens)
+        return decoder, tokens_BP.to(device), repeat_B
 
 
 def sample(

@@ -40,7 +40,12 @@ def open_engine(cfg: PpoConfig, actor: Model, *, pad_id: int, run_dir: Path) -> 
         UserError: a server does not come up; its log is quoted.
     """
     if cfg.model.ppo.rollout_engine == "megatron":
-        yield MegatronEngine(actor, pad_id=pad_id, micro_batch_size=cfg.model.ppo.rollout_micro_batch_size)
+        yield MegatronEngine(
+            actor,
+            pad_id=pad_id,
+            micro_batch_size=cfg.model.ppo.rollout_micro_batch_size,
+            share_prompts=cfg.model.ppo.share_prompts,
+        )
         return
     with contextlib.ExitStack() as closing:
         folder = run_dir / "rollout"

@@ -92,7 +92,15 @@ def command(options: ServerOptions, port: int, host: str = LOOPBACK) -> list[str
 
 
 def environment(options: ServerOptions, given: Mapping[str, str], gpus: Sequence[str] = ()) -> dict[str, str]:
-    """The variables of a server: ours, less what makes a rank, plus what vLLM needs. The user's values are kept."""
+    """The variables of a rollout server."""
+    # The weight-transfer routes exist in development mode only.
+    return passed_on(given, options.tensor_parallel_size, gpus) | {"VLLM_SERVER_DEV_MODE": "1"}
+
+
+def passed_on(
+    given: Mapping[str, str], tensor_parallel_size: int, gpus: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables of any server: ours, less what makes a rank, plus what vLLM needs. The user's values are kept."""
     kept = {name: value for name, value in given.items() if name not in _NOT_PASSED}
     source = str(Path(__file__).resolve().parents[2])
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -100,11 +108,9 @@ def environment(options: ServerOptions, given: Mapping[str, str], gpus: Sequence
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         # Two helpers of the sampler would be compiled by a C++ compiler while the first request waits.
         wanted["TORCHDYNAMO_DISABLE"] = "1"
-        if options.tensor_parallel_size == 1:
+        if tensor_parallel_size == 1:
             wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker inside the engine core: a process less
     found = wanted | kept
-    # The weight-transfer routes exist in development mode only.
-    found["VLLM_SERVER_DEV_MODE"] = "1"
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [source, kept.get("PYTHONPATH", "")]))
     if gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -139,13 +145,15 @@ class ServerProcess:
         require_vllm()
         self.port = free_port()
         self.url = f"http://{LOOPBACK}:{self.port}"
+        self._start(command(options, self.port), environment(options, os.environ, gpus), log)
+
+    def _start(self, words: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             self._guard = subprocess.Popen(
-                [sys.executable, "-m", "her_nemo.rollout.server_guard", *command(options, self.port)],
-                env=environment(options, os.environ, gpus), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                [sys.executable, "-m", "her_nemo.rollout.server_guard", *words],
+                env=variables, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -226,21 +234,20 @@ def main(arguments: Sequence[str]) -> int:
     given, further = parser().parse_known_args(arguments)
     try:
         require_vllm()
-        config = read_hf_config(given.model)
+        options = ServerOptions(
+            model=given.model,
+            dtype=given.dtype,
+            max_model_len=given.max_model_len or int(read_hf_config(given.model)["max_position_embeddings"]),
+            max_num_seqs=given.max_num_seqs,
+            tensor_parallel_size=given.tensor_parallel_size,
+            gpu_memory_utilization=given.gpu_memory_utilization,
+            prefix_caching=given.prefix_caching,
+            backend="nccl" if given.sync == "nccl" else "her_nemo_files",
+        )
+        words = [*command(options, given.port, host=given.host), *further]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options = ServerOptions(
-        model=given.model,
-        dtype=given.dtype,
-        max_model_len=given.max_model_len or int(config["max_position_embeddings"]),
-        max_num_seqs=given.max_num_seqs,
-        tensor_parallel_size=given.tensor_parallel_size,
-        gpu_memory_utilization=given.gpu_memory_utilization,
-        prefix_caching=given.prefix_caching,
-        backend="nccl" if given.sync == "nccl" else "her_nemo_files",
-    )
-    words = [*command(options, given.port, host=given.host), *further]
     if given.print:
         variables = environment(options, {})
         named = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items()))

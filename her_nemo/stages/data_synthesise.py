@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 
 from her_nemo.config.synthesis import SynthesiseConfig
-from her_nemo.data.synthesis import pipeline, principles
+from her_nemo.data.synthesis import judge_transcripts, pipeline, principles
 from her_nemo.data.synthesis.asker import Asker
 from her_nemo.data.synthesis.cache import AnswerCache
 from her_nemo.data.synthesis.endpoint import Endpoint
@@ -26,14 +26,14 @@ async def _run(cfg: SynthesiseConfig) -> None:
     cache = AnswerCache(cfg.cache_dir or Path(cfg.out) / "cache")
     if cfg.stage == "principles":
         principles.require_scikit_learn()
-        conversations = []
-    else:
-        conversations = pipeline.load(cfg.source)
+    conversations = [] if cfg.stage in ("principles", "judge") else pipeline.load(cfg.source)
     async with Endpoint(cfg.endpoint, cfg.limits, cfg.api_key_env) as endpoint:
         asker = Asker(cfg, endpoint, cache, await endpoint.identity(cfg.model))
         if cfg.stage == "principles":
             report, count = await pipeline.distil_principles(cfg, asker)
             done = f"{count} principles in {Path(cfg.out) / 'library.yaml'}"
+        elif cfg.stage == "judge":
+            report, done = await judge_transcripts.write_transcripts(cfg, asker)
         else:
             results = await pipeline.synthesise(cfg, conversations, asker)
             report = pipeline.write_results(cfg, conversations, results)

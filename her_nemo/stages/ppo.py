@@ -21,7 +21,7 @@ from her_nemo.data.tokenise import Prompt, Tokeniser
 from her_nemo.megatron import adapters, parallel
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
-from her_nemo.rewards.reward import Replies, Reward
+from her_nemo.rewards.reward import Replies, Reward, begin_scoring
 from her_nemo.rollout import experience as ex
 from her_nemo.rollout import packed
 from her_nemo.rollout.dialogue import Dialogues
@@ -31,6 +31,7 @@ from her_nemo.rollout.invariants import check_masks, check_rollout_gap, check_un
 from her_nemo.rollout.open_dialogue import open_dialogues
 from her_nemo.rollout.open_engine import open_engine
 from her_nemo.stages import ppo_tags as tags
+from her_nemo.stages.ppo_judge import generative_reward
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
 from her_nemo.stages.ppo_rewards import build_reward, with_credit, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
@@ -50,7 +51,8 @@ def run(cfg: PpoConfig) -> int:
         talks = open_dialogues(cfg, tokeniser, prompts, held_out)
         warmup, last = ppo.critic_warmup_steps, ppo.critic_warmup_steps + ppo.max_steps
         actor, critic, reference, judge = build_models(cfg, here, last)
-        reward = build_reward(cfg, judge)
+        judged = generative_reward(cfg, reference, tokeniser, sampling_of(cfg, tokeniser), (prompts, held_out))
+        reward = build_reward(cfg, judge, judged)
         engine = closing.enter_context(
             open_engine(cfg, actor.model, pad_id=tokeniser.pad_id, run_dir=here.directory)
         )
@@ -78,13 +80,15 @@ def run(cfg: PpoConfig) -> int:
                 report_dialogues(here, step, talks)
             engine.rest()
             with here.timers("score"):
-                told = ex.score(experience, replies, shaped)
+                begin_scoring(shaped, replies)  # a judge behind servers is at work from now on
             with here.timers("log_probs"):
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
                     capacity=capacity(cfg, model.ppo.forward_micro_batch_size),
                 )  # fmt: skip
+            with here.timers("score"):
+                told = ex.score(experience, replies, shaped)
             gap = check_rollout_gap(experience, tokeniser, step, cfg.trainer.precision, engine.staleness)
             check_versions(experience, version, step, allowed=engine.staleness)
             told |= ex.correct_for_engine(experience, model.ppo.importance)
@@ -210,9 +214,17 @@ def request(
 
     What is drawn for a reply depends on model.seed, the step and the reply's place in the whole rollout.
     """
-    ppo = cfg.model.ppo
     mine = range(parallel.data_rank(), len(prompts), parallel.data_size())
-    sampling = Sampling(
+    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
+    asked = [prompts[index] for index, _ in places]
+    seed = cfg.model.seed * 100_003 + step
+    return asked, sampling_of(cfg, tokeniser), seed, [place for _, place in places]
+
+
+def sampling_of(cfg: PpoConfig, tokeniser: Tokeniser) -> Sampling:
+    """How the tokens of a reply are drawn."""
+    ppo = cfg.model.ppo
+    return Sampling(
         temperature=ppo.sampling_params.temperature,
         top_k=ppo.sampling_params.top_k,
         top_p=ppo.sampling_params.top_p,
@@ -220,9 +232,6 @@ def request(
         min_tokens=ppo.length_params.min_length,
         stop_ids=(tokeniser.eos_id,),
     )
-    places = [(index, index * samples + sample) for index in mine for sample in range(samples)]
-    asked = [prompts[index] for index, _ in places]
-    return asked, sampling, cfg.model.seed * 100_003 + step, [place for _, place in places]
 
 
 def token_ids(prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -244,9 +253,14 @@ def generate(
         rollout = engine.generate(token_ids(asked), sampling, seed, indices=places)
     else:
         rollout = talks.generate(engine, asked, sampling, seed, places, samples)
+    turns = 1 if talks is None else talks.turns
     kinds = [tokeniser.kinds_of(ids) for ids in rollout.response_ids]
     experience = Experience.from_rollout(
-        rollout, kinds, pad_id=tokeniser.pad_id, length=cfg.trainer.ppo.rollout_batch_seq_length
+        rollout,
+        kinds,
+        pad_id=tokeniser.pad_id,
+        length=cfg.trainer.ppo.rollout_batch_seq_length,
+        shared_by=samples if cfg.model.ppo.share_prompts else None,
     )
     replies = Replies(
         prompts=[tokeniser.decode(ids, skip_special_tokens=False) for ids in rollout.prompt_ids],
@@ -257,7 +271,8 @@ def generate(
         tokens_BS=experience.tokens_BS,
         lengths_B=experience.lengths_B,
         group_size=samples,
-        turns=1 if talks is None else talks.turns,
+        trace_ids=[prompt.trace_id for prompt in asked for _ in range(turns)],
+        turns=turns,
     )
     return experience, replies
 

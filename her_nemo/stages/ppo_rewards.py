@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from her_nemo.config.schema import PpoConfig
+from her_nemo.data.judge_rows import read_labels
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.rewards.credit import TurnCredit
 from her_nemo.rewards.diversity import DiversityReward
 from her_nemo.rewards.reward import Mix, Reward
 from her_nemo.rewards.reward_model import ScalarReward
 from her_nemo.rewards.rules import RULES, RuleReward
+from her_nemo.rewards.verdict import VerdictReward
 
 
-def build_reward(cfg: PpoConfig, reward_model: Model | None) -> Reward:
-    """What replies are scored by, in training and in validation alike. `reward_model`: where the kind needs one."""
+def build_reward(cfg: PpoConfig, reward_model: Model | None, generative: Reward | None = None) -> Reward:
+    """What replies are scored by, in training and in validation alike. `reward_model`, `generative` (a judge's
+    comparisons, stages/ppo_judge.py): where the kind needs them."""
     reward = cfg.reward
+    if reward.kind == "verdict":
+        files = (cfg.model.data.train_ds.file_path, cfg.model.data.validation_ds.file_path)
+        labels = read_labels([path for path in files if path is not None], cfg.model.data.skip_malformed)
+        return VerdictReward(labels, correct=reward.verdict.correct, valid=reward.verdict.valid)
     parts: dict[str, tuple[float, Reward]] = {}
     if reward_model is not None:
         parts["scalar"] = (
             reward.mix.scalar,
-            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size),
+            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size, cfg.model.ppo.share_prompts),
         )
-    if reward.kind != "scalar":
+    if generative is not None:
+        parts["generative"] = (reward.mix.generative, generative)
+    if reward.kind in ("rules", "mix"):
         given = reward.rules.model_dump()
         rules = RuleReward(
             {name: given[name] for name in RULES}, shortest=given["min_words"], longest=given["max_words"]

@@ -16,10 +16,16 @@ GIVEN = {
     "export": ["checkpoint=/run", "out=/hf"],
     "verify": ["a=/hf", "b=/megatron"],
     "evaluate": ["model=/hf", "prompts=/prompts.jsonl"],
+    "judge": ["model=/hf", "prompts=/prompts.jsonl"],
+    "evaluate_coser": ["scenes=/test_set.json"],
+    "evaluate_roleplay_bench": ["seeds=/seeds.jsonl"],
+    "evaluate_compare": ["runs=[/a,/b]"],
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],
     "data_inspect": ["path=/samples.parquet"],
+    "chat": ["endpoint=http://localhost/v1"],
     "data_synthesise": ["stage=all", "source=/in.jsonl", "out=/out", "endpoint=http://localhost/v1", "model=m"],
+    "data_judge": ["source=/pairs.jsonl", "out=/out"],
 }
 GIVEN["reward"] = GIVEN["sft"]
 GIVEN["ppo"] = [*GIVEN["sft"], "reward.restore_from_path=/reward"]

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from her_nemo.config import rl, schema, sections, synthesis
+from her_nemo.config import chat, endpoints, evaluation, rl, roleplay_bench, schema, sections, synthesis
 from her_nemo.config.compose import known_keys, subsection
 from her_nemo.config.schema import ARCHITECTURE_KEYS, STAGES
 
 PACKAGE = Path(schema.__file__).parents[1]
 SECTIONS = {
     name: value
-    for module in (rl, schema, sections, synthesis)
+    for module in (chat, endpoints, evaluation, rl, roleplay_bench, schema, sections, synthesis)
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, BaseModel)
 }
@@ -57,8 +57,11 @@ class Reader(ast.NodeVisitor):
     def __init__(self, file: str, reads: Reads, unknown: list[str]) -> None:
         self.file, self.reads, self.unknown = file, reads, unknown
         self.names: dict[str, Types] = {}
+        self.mappings: dict[str, Types] = {}  # of parameters such as `roles: Mapping[str, ChatModel]`
         self.section: Types = ()  # the section whose methods are being read
-        self.attributes: dict[str, Types] = {}  # of this file's own objects: `cfg` in run.cfg, `limits` in self.limits
+        self.attributes: dict[
+            str, Types
+        ] = {}  # of this file's own objects: `cfg` in run.cfg, `limits` in self.limits
         self.foreign: set[str] = set()  # imported names that are not sections, as tokenizers' Tokenizer
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -76,6 +79,10 @@ class Reader(ast.NodeVisitor):
         before = dict(self.names)
         arguments = [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]
         for argument in arguments:
+            text = ast.unparse(argument.annotation) if argument.annotation else ""
+            held = text.removeprefix("Mapping[str, ").removesuffix("]")
+            if text.startswith("Mapping[str, ") and held in SECTIONS:
+                self.mappings[argument.arg] = (SECTIONS[held],)
             types = self.declared(argument)
             if types:
                 self.names[argument.arg] = types
@@ -96,6 +103,13 @@ class Reader(ast.NodeVisitor):
             types = (schema.SftConfig, schema.RewardConfig, schema.PpoConfig)
         guess = text == "Any" and not any(self.file.startswith(place) for place in OTHERS)
         return types or (ANY.get(argument.arg, ()) if guess else ())
+
+    def visit_For(self, node: ast.For) -> None:
+        """`for role, chat in roles.items()`."""
+        found = ast.unparse(node.iter).removesuffix(".items()")
+        if isinstance(node.target, ast.Tuple) and found in self.mappings:
+            self.names[ast.unparse(node.target.elts[1])] = self.mappings[found]
+        self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)

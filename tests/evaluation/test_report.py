@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_outline import Outline
 
 from her_nemo.evaluation.charts import MAX_POINTS, Curve, line_chart, number, smoothed, thinned, ticks
 from her_nemo.evaluation.figures import checks, difference, table
@@ -82,35 +82,6 @@ def samples() -> list[dict]:
             "replies": {"base": reply("nothing"), "sft": reply(EVIL), "ppo": reply(GOOD)},
         }
     ]
-
-
-class Outline(HTMLParser):
-    """Tags that are open at the end, every tag name and every attribute value."""
-
-    VOID = ("meta", "line", "circle", "path", "br")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.names: set[str] = set()
-        self.values: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.add(tag)
-        self.values += [value or "" for _, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID and tag != "p":
-            while self.open and self.open[-1] == "p" != tag:
-                self.open.pop()
-            assert self.open.pop() == tag
-        elif tag == "p":
-            self.open.remove("p")
 
 
 def test_the_page_has_everything_and_stands_alone(report: dict, samples: list[dict], tmp_path: Path) -> None:

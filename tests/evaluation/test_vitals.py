@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from her_nemo.evaluation.vitals import vitals
-from her_nemo.roleplay.measures import distinct, leaks, repetition, self_bleu
+from her_nemo.roleplay.measures import distinct, leaks, repetition, self_bleu, speaks_for, words
 from her_nemo.roleplay.turn import parse_turn
 
 GOOD = (
@@ -169,3 +169,59 @@ def test_any_text_has_vitals(replies: list[str]) -> None:
     result = vitals(replies)
     assert 0 <= result.leak_rate <= 1
     assert 0 <= result.self_bleu <= 1 + 1e-9
+
+
+def test_shares_of_kinds_and_name_slips_by_hand() -> None:
+    nameless = "<system_thinking>Mara should agree.</system_thinking>Yes, we go."
+    result = vitals([GOOD, PLAIN, nameless, PLAIN], names=["Mara", "Mara", "Mara", "Odo"])
+    # Words: GOOD 3 + 5 + 3 + 4, PLAIN 3 + 1 twice, nameless 3 + 3.
+    assert result.kind_share == {
+        "system_thinking": 1.0,
+        "role_thinking": 0.25,
+        "role_action": 0.25,
+        "speech": 1.0,
+    }
+    assert result.word_share == {
+        "system_thinking": 12 / 29,
+        "role_thinking": 5 / 29,
+        "role_action": 3 / 29,
+        "speech": 9 / 29,
+    }
+    assert result.name_slips == 0.5  # one without a name, one with another's
+    assert result.speaks_for_others is None
+    assert vitals(["", ""]).word_share == dict.fromkeys(result.word_share, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "speaks"),
+    [
+        pytest.param("Mara: No. Odo: But I must!", True, id="a line in his name"),
+        pytest.param("Mara: <role_action>Odo nods slowly</role_action> Good.", True, id="acts for him"),
+        pytest.param("Mara: <role_action>bows</role_action> Odo: Good.", True, id="his line after an action"),
+        pytest.param("Odo: I take the horse.", True, id="the whole turn is his"),
+        pytest.param("Mara: <role_action>Odo's cup falls</role_action> Oh.", False, id="a thing of his"),
+        pytest.param("Mara: <role_action>looks at Odo</role_action> Well?", False, id="looks at him"),
+        pytest.param("Mara: Listen, Odo: the horse stays.", False, id="calls him by name"),
+        pytest.param("Mara: <role_thinking>Odo: a fool.</role_thinking> Hm.", False, id="in a thought"),
+        pytest.param("沈砚: <role_action>小满点了点头</role_action> 好。", True, id="zh: acts for her"),
+        pytest.param("沈砚: <role_action>小满的伞倒了</role_action> 好。", False, id="zh: a thing of hers"),
+        pytest.param("沈砚: 别走。小满：我不走。", True, id="zh: a line in her name"),
+    ],
+)
+def test_speaking_for_others(text: str, speaks: bool) -> None:
+    others = ["小满"] if text.startswith("沈") else ["Odo"]
+    assert speaks_for(parse_turn(text, expect_plan=False), others) is speaks
+    plan = f"<system_thinking>x</system_thinking>{text}"
+    assert vitals([plan, PLAIN], others=[others, []]).speaks_for_others == float(speaks)
+
+
+def test_chinese_is_measured_by_the_character() -> None:
+    assert words("我不知道 why 3天") == ["我", "不", "知", "道", "why", "3", "天"]
+    thought = "<role_thinking>我绝不能告诉她那封信在哪里</role_thinking>"
+    assert leaks(parse_turn(f"沈砚: {thought}我绝不能告诉她那封信在哪里。"))
+    assert not leaks(parse_turn(f"沈砚: {thought}那封信?"))
+    short = "<role_thinking>我不知道</role_thinking>"
+    assert not leaks(parse_turn(f"沈砚: {short}我不知道。"))
+    assert self_bleu([words("我在书店等你"), words("我在书店等她")]) == pytest.approx(
+        (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    )

@@ -12,6 +12,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from her_nemo.config.lora import Lora, expand
 from her_nemo.megatron import adapters, forward, optimizer, qwen3, state, weights
+from her_nemo.rollout.engine import Sampling
+from her_nemo.rollout.megatron_engine import MegatronEngine
 
 ALL = Lora(expand(["all"]), rank=4, alpha=8.0)
 
@@ -51,6 +53,21 @@ def test_it_starts_as_its_base_to_the_bit(hf_dir: Path) -> None:
     assert torch.equal(forward.logits(adapted, tokens(0)), forward.logits(plain, tokens(0)))
     pairs = zip(weights.hf_tensors(adapted), weights.hf_tensors(plain), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_the_frozen_reference_generates_as_its_base(hf_dir: Path) -> None:
+    """Adapters that are off stay off while tokens are drawn, and are on again for the policy."""
+    model, plain = trained(hf_dir), build(hf_dir, None)
+    prompts = [[5, 9, 17, 3], [8, 2], [99, 1, 50]]
+
+    def greedy(of: qwen3.Model) -> list[list[int]]:
+        engine = MegatronEngine(of, pad_id=0, micro_batch_size=2)
+        return engine.generate(prompts, Sampling(temperature=0.0, max_tokens=12), seed=0).response_ids
+
+    policy = greedy(model)
+    assert greedy(adapters.without(model)) == greedy(plain)
+    assert greedy(plain) != policy
+    assert greedy(model) == policy
 
 
 def test_only_adapters_learn_and_only_they_have_states(hf_dir: Path) -> None:

@@ -55,6 +55,9 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
         ([*SERVED, "model.ppo.one_step_off=true"], "model.ppo.one_step_off", "turn by turn"),
         ([*SERVED, "model.ppo.num_rollout_samples=66"], "model.ppo.num_rollout_samples",
          "use model.ppo.num_rollout_samples=68"),
+        ([*SERVED, "reward.kind=verdict"], "reward.kind", "there is no conversation"),
+        ([*SERVED, "reward.kind=generative", "reward.generative.against=group"], "reward.generative.against",
+         "answer a prompt of their own"),
         ([*SERVED, f"{PREFIX}.simulator.max_tokens=4000"], f"{PREFIX}.simulator.max_tokens", "no room"),
     ],
 )  # fmt: skip

@@ -70,6 +70,16 @@ def test_ppo_keeps_four_models_and_names_its_phases() -> None:
     assert found.plan.peak.total == max(phase.total for phase in found.plan.phases)
 
 
+def test_a_judge_s_checkpoint_is_one_model_more() -> None:
+    given = [*LARGE, "cluster=h100_8x8", "reward.kind=generative"]
+    config = partial.load("ppo", [*given, "reward.generative.judge.restore_from_path=/judge"])[0]
+    parts = stages.plan(config, shape_of(config)).parts
+    assert list(parts) == ["actor", "critic", "reference", "judge"]
+    assert parts["judge"] == parts["reference"]
+    config = partial.load("ppo", [*given, "reward.generative.judge.servers=['http://a/v1']"])[0]
+    assert "judge" not in stages.plan(config, shape_of(config)).parts
+
+
 def test_memory_falls_with_what_ought_to_lower_it() -> None:
     def peak(*overrides: str) -> int:
         config = compose.load("sft", ["pretrained_checkpoint.restore_from_path=/x", "model.data.train_ds.file_path=/x",

@@ -105,7 +105,7 @@ def test_mixing_leaves_out_what_one_could_not_judge() -> None:
     mixed = Mix({"judge": (2.0, judge), "rules": (0.5, rules(format=1.0))})(replies(GOOD, GOOD, BROKEN))
     assert mixed.scored_B.tolist() == [True, False, True]
     assert mixed.scores_B[mixed.scored_B].tolist() == [2.5, -2.0]
-    assert mixed.counts == {"unparsed": 2.0}
+    assert mixed.counts == {"unparsed": 2.0, "judge_unparsed": 1.0, "rules_unparsed": 1.0}
     assert mixed.parts["judge"].tolist() == [1.0, 0.0, -1.0]
     with pytest.raises(ValueError, match="no rewards"):
         Mix({})

@@ -53,3 +53,10 @@ def test_a_directory_without_a_model_is_one_clear_error(
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert "nowhere" in said.err
+
+
+def test_a_model_that_vllm_cannot_run_is_one_too(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"head_dim": 16}
+    (model / "config.json").write_text(json.dumps(config))
+    assert vllm_server.main([str(model), "--print"]) == 2
+    assert "head size 16, which vLLM cannot run on CPU" in capsys.readouterr().err

@@ -39,6 +39,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="session")
+def wide(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The shared world and a model with heads of 32, the smallest that vLLM has on CPU."""
+    from tiny_qwen3 import tiny_model
+
+    from her_nemo.data.tokenise import Tokeniser
+
+    home = tmp_path_factory.mktemp("wide")
+    tiny_model(
+        home, tokenizer=Tokeniser(place.model).hf, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return Place(place.world, home)
+
+
+@pytest.fixture(scope="session")
 def stage() -> Callable[..., None]:
     """Runs `python -m her_nemo STAGE OVERRIDES`; fails the test with what it said if it fails."""
 

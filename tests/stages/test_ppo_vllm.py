@@ -24,27 +24,6 @@ START_SECONDS = 580
 LENGTH = 384
 
 
-@pytest.fixture(scope="module")
-def wide(place: Place, tmp_path_factory) -> Place:
-    """The shared world and a model with heads of 32, the smallest that vLLM has on CPU."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from her_nemo.data.tokenise import Tokeniser
-
-    home = tmp_path_factory.mktemp("wide")
-    tokeniser = Tokeniser(place.model)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=tokeniser.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-        max_position_embeddings=512, eos_token_id=tokeniser.eos_id, pad_token_id=tokeniser.pad_id,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(home)
-    tokeniser.hf.save_pretrained(home)
-    return Place(place.world, home)
-
-
 def overrides(place: Place, out: Path, *, steps: int, layout: tuple[int, int], **changes: object) -> list[str]:
     values = {
         "model.data.train_ds.file_path": place.world / "prompts_train.jsonl",

@@ -207,11 +207,11 @@ def test_a_job_that_is_cancelled_stays_so(place: Place, slurm: Slurm, tmp_path: 
 
 
 @pytest.mark.vllm
-def test_rl_with_a_server_on_a_node_of_its_own(place: Place, slurm: Slurm, tmp_path: Path) -> None:
+def test_rl_with_a_server_on_a_node_of_its_own(wide: Place, slurm: Slurm, tmp_path: Path) -> None:
     out, port = tmp_path / "run", str(40_000 + os.getpid() % 10_000)
-    variables = {"VLLM_NODES": "1", "VLLM_MODEL": str(place.model), "VLLM_PORT": port, **VLLM}
+    variables = {"VLLM_NODES": "1", "VLLM_MODEL": str(wide.model), "VLLM_PORT": port, **VLLM}
     options = ["--nodes=2", "--ntasks-per-node=1", "--time=60"]
-    number = slurm.submit(options, "rl.sh", ppo(place, out, 2), **variables)
+    number = slurm.submit(options, "rl.sh", ppo(wide, out, 2), **variables)
     found = slurm.end(number)
     said = slurm.said(number)
     assert found["JobState"] == "COMPLETED", said
@@ -225,14 +225,14 @@ def test_rl_with_a_server_on_a_node_of_its_own(place: Place, slurm: Slurm, tmp_p
 
 @pytest.mark.vllm
 def test_a_server_that_is_not_ready_in_time_takes_the_job_down(
-    place: Place, slurm: Slurm, tmp_path: Path
+    wide: Place, slurm: Slurm, tmp_path: Path
 ) -> None:
     out, port = tmp_path / "run", str(41_000 + os.getpid() % 10_000)
     variables = {
-        "VLLM_NODES": "1", "VLLM_MODEL": str(place.model), "VLLM_PORT": port, "VLLM_DEADLINE": "1", **VLLM
+        "VLLM_NODES": "1", "VLLM_MODEL": str(wide.model), "VLLM_PORT": port, "VLLM_DEADLINE": "1", **VLLM
     }  # fmt: skip
     number = slurm.submit(
-        ["--nodes=2", "--ntasks-per-node=1", "--time=60"], "rl.sh", ppo(place, out, 2), **variables
+        ["--nodes=2", "--ntasks-per-node=1", "--time=60"], "rl.sh", ppo(wide, out, 2), **variables
     )
     found = slurm.end(number)
     said = slurm.said(number)

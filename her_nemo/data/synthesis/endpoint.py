@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from her_nemo.config.endpoints import RequestLimits
 from her_nemo.config.errors import UserError
-from her_nemo.config.synthesis import Limits
 
 Read = TypeVar("Read")
 
@@ -41,13 +41,14 @@ class EndpointFailure(Exception):
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. Token counts are None where the endpoint does not say."""
+    """One answer. Token counts are None where the endpoint does not say; `refusal` is what it says instead."""
 
     text: str
     reasoning: str
     finish_reason: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    refusal: str = ""
 
 
 class RateLimiter:
@@ -76,7 +77,7 @@ class RateLimiter:
 class Endpoint:
     """`async with Endpoint(...)`: chat completions, embeddings, and what the endpoint says of its models."""
 
-    def __init__(self, base_url: str, limits: Limits, api_key_env: str | None = None) -> None:
+    def __init__(self, base_url: str, limits: RequestLimits, api_key_env: str | None = None) -> None:
         """
         Raises:
             UserError: if the URL is not one, or the key's variable is not set.
@@ -121,16 +122,23 @@ class Endpoint:
         A local server may serve any directory under any name; vLLM says which (`root`). Where the endpoint does
         not, its address stands in.
         """
+        for entry in await self._listed():
+            if entry.get("id") == model and isinstance(entry.get("root"), str):
+                return {"model": model, "root": entry["root"]}
+        return {"model": model, "endpoint": self.base_url}
+
+    async def models(self) -> list[str]:
+        """The names of the models that the endpoint lists; none where it has no list."""
+        return [entry["id"] for entry in await self._listed() if isinstance(entry.get("id"), str)]
+
+    async def _listed(self) -> list[dict[str, Any]]:
         try:
             listed = await self._send("GET", "/models", None, 0.0, lambda body: body["data"])
         except EndpointFailure as failure:
             if not failure.kind.startswith("http_4"):
                 raise UserError(f"{self.base_url}/models: {failure}. Is the server up?") from failure
-            listed = []  # not every endpoint lists its models
-        for entry in listed:
-            if isinstance(entry, dict) and entry.get("id") == model and isinstance(entry.get("root"), str):
-                return {"model": model, "root": entry["root"]}
-        return {"model": model, "endpoint": self.base_url}
+            return []  # not every endpoint lists its models
+        return [entry for entry in listed if isinstance(entry, dict)]
 
     async def complete(self, request: Mapping[str, Any]) -> Completion:
         """One chat completion. Raises EndpointFailure, or UserError where going on makes no sense."""
@@ -245,6 +253,7 @@ def _completion(body: dict[str, Any]) -> Completion:
         finish_reason=choice.get("finish_reason") or "",
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
+        refusal=message.get("refusal") or "",
     )
 
 

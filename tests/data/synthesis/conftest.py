@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,12 @@ import pytest
 # Test modules import the helpers beside them by name.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from scripted_endpoint import QUICK, Script, ScriptedEndpoint
+from scripted_endpoint import QUICK, ScriptedEndpoint, serve
 
 from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.stages import data_synthesise
 
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., ScriptedEndpoint]]:
-    """Starts scripted servers, stopped when the test ends."""
-    running: list[ScriptedEndpoint] = []
-
-    def start(script: Script, **options: Any) -> ScriptedEndpoint:
-        running.append(ScriptedEndpoint(script, **options).__enter__())
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.__exit__()
+__all__ = ["serve", "settings", "synthesise"]
 
 
 @pytest.fixture

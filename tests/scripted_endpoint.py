@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
 
 # limits.* that do not make a test wait.
 QUICK = {"backoff_seconds": 0.01, "timeout_seconds": 5.0, "retries": 3, "concurrency": 4}
@@ -27,6 +29,7 @@ class Reply:
     reasoning: str | None = None
     finish_reason: str = "stop"
     usage: bool = True
+    refusal: str | None = None
     embeddings: list[list[float]] | None = None
 
 
@@ -123,6 +126,8 @@ def completion(body: dict[str, Any], reply: Reply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
     if reply.reasoning is not None:
         message["reasoning_content"] = reply.reasoning
+    if reply.refusal is not None:
+        message |= {"content": None, "refusal": reply.refusal}
     done: dict[str, Any] = {
         "id": "scripted",
         "object": "chat.completion",
@@ -133,3 +138,17 @@ def completion(body: dict[str, Any], reply: Reply) -> dict[str, Any]:
         words = sum(len(message["content"].split()) for message in body["messages"])
         done["usage"] = {"prompt_tokens": words, "completion_tokens": len(reply.text.split())}
     return done
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ScriptedEndpoint]]:
+    """Starts scripted servers, stopped when the test ends."""
+    running: list[ScriptedEndpoint] = []
+
+    def start(script: Script, **options: Any) -> ScriptedEndpoint:
+        running.append(ScriptedEndpoint(script, **options).__enter__())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__()

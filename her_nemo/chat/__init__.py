@@ -1,0 +1,1 @@
+"""Talking to a model in a scene, and turning what was said into data."""
