@@ -23,7 +23,6 @@ from her_nemo.megatron.qwen3 import Model
 from her_nemo.megatron.weights import hf_tensors
 from her_nemo.rewards.reward import Replies, Reward, begin_scoring
 from her_nemo.rollout import experience as ex
-from her_nemo.rollout import packed
 from her_nemo.rollout.dialogue import Dialogues
 from her_nemo.rollout.engine import RolloutEngine, Sampling
 from her_nemo.rollout.experience import Experience
@@ -35,6 +34,7 @@ from her_nemo.stages.ppo_judge import generative_reward
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
 from her_nemo.stages.ppo_rewards import build_reward, with_credit, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
+from her_nemo.training import packed
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, global_sums
 from her_nemo.training.loop import Upcoming, kind_weights, load_rows
@@ -85,7 +85,7 @@ def run(cfg: PpoConfig) -> int:
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
-                    capacity=capacity(cfg, model.ppo.forward_micro_batch_size),
+                    capacity=model.packed_tokens(model.ppo.forward_micro_batch_size),
                 )  # fmt: skip
             with here.timers("score"):
                 told = ex.score(experience, replies, shaped)
@@ -360,11 +360,6 @@ def updates_per_step(cfg: PpoConfig) -> int:
     return cfg.model.ppo.num_rollout_samples // cfg.model.global_batch_size * cfg.trainer.ppo.max_epochs
 
 
-def capacity(cfg: PpoConfig, micro_batch_size: int) -> int | None:
-    """Tokens of a packed row, as many as a micro-batch of full rows has; None where rows are not packed."""
-    return micro_batch_size * cfg.model.encoder_seq_length if cfg.model.ppo.packing else None
-
-
 def update(
     learner: Learner,
     experience: Experience,
@@ -375,13 +370,14 @@ def update(
 ) -> list[dict[str, float]]:
     """All updates of one model on one rollout; the global sums of each. `on_first` sees those of the first."""
     share = cfg.model.global_batch_size // parallel.data_size()
-    room = capacity(cfg, cfg.model.micro_batch_size)
+    size = cfg.model.micro_batch_size
+    room = cfg.model.packed_tokens(size)
     objective = objective if room is None else packed.on_rows(objective)
     passes = []
     for _ in range(cfg.trainer.ppo.max_epochs):
         for begin in range(0, len(experience), share):
             if room is None:
-                batch = experience.micro_batches(cfg.model.micro_batch_size, begin, begin + share)
+                batch = experience.micro_batches(size, begin, begin + share)
             else:
                 batch, _ = packed.pack_rows(experience.rows(begin, begin + share), room)
             sums = learner.update(

@@ -12,10 +12,12 @@ from qwen3_reference import VOCAB
 
 from her_nemo.algorithms.ppo_loss import aggregate, policy_loss, value_loss
 from her_nemo.megatron import forward, parallel
+from her_nemo.rewards.reward import Replies
+from her_nemo.rewards.reward_model import ScalarReward
 from her_nemo.rollout import experience as ex
-from her_nemo.rollout import packed
 from her_nemo.rollout.engine import Rollout
 from her_nemo.rollout.experience import Experience
+from her_nemo.training import packed
 from her_nemo.training.learner import global_sums
 
 ROWS, CAPACITY = 20, 64
@@ -56,6 +58,14 @@ def critic(outputs, rows):
     return value_loss(outputs.values_BS[:, :-1], rows["values_BT"], rows["returns_BT"], rows["mask_BT"], 0.2)
 
 
+def scores(model, found: Experience, capacity: int | None) -> torch.Tensor:
+    """Of a reward model, which has no use for the text."""
+    none = [""] * len(found)
+    replies = Replies(none, none, [[]] * len(found), [[]] * len(found), [True] * len(found), found.tokens_BS,
+                      found.lengths_B)  # fmt: skip
+    return ScalarReward(model, 2, capacity=capacity)(replies).scores_B
+
+
 def compare(args: dict) -> dict:
     """{layout: what differs between rows and packed rows, and how many passes each took}."""
     directory, results = Path(args["directory"]), {}
@@ -67,6 +77,7 @@ def compare(args: dict) -> dict:
         ex.evaluate_policy(dense, models["lm"], models["lm"], models["scalar"], 2, 0.7, capacity=CAPACITY)
         names = ("old_log_probs_BT", "ref_log_probs_BT", "entropy_BT", "values_BT")
         found = {name: far(getattr(plain, name)[plain.mask_BT], getattr(dense, name)[plain.mask_BT]) for name in names}
+        found["scores"] = far(scores(models["scalar"], plain, None), scores(models["scalar"], plain, CAPACITY))
         ex.estimate_advantages(plain, kl_penalty=0.0, discount=1.0, gae_lambda=0.9, normalize=True)
         rows = plain.micro_batches(2)
         bins, _ = packed.pack_rows(plain.rows(0, len(plain)), CAPACITY)

@@ -19,7 +19,7 @@ def assert_same(processes: int, layouts: list[dict], reference: Path) -> None:
     for results in run(processes, f"{CHECKS}:compare", {"directory": str(reference), "layouts": layouts}):
         assert set(results) == {layout["name"] for layout in layouts}
         for layout, found in results.items():
-            for name in ("old_log_probs_BT", "ref_log_probs_BT", "entropy_BT", "values_BT"):
+            for name in ("old_log_probs_BT", "ref_log_probs_BT", "entropy_BT", "values_BT", "scores"):
                 assert found.pop(name) < 1e-4, (layout, name)
             # 64 tokens are two padded rows, or as many replies as have them together.
             assert found.pop("bins") < found.pop("rows"), layout
@@ -43,7 +43,7 @@ def test_two_processes(reference: Path) -> None:
 def test_unpacking_keeps_values_and_gradients(lengths: list[int]) -> None:
     import torch
 
-    from her_nemo.rollout.packed import unpack
+    from her_nemo.training.packed import unpack
 
     said = torch.arange(12.0).requires_grad_()
     found = unpack(said[None] * 1.0, lengths, 6)

@@ -58,6 +58,8 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
         ([*SERVED, "reward.kind=verdict"], "reward.kind", "there is no conversation"),
         ([*SERVED, "reward.kind=generative", "reward.generative.against=group"], "reward.generative.against",
          "answer a prompt of their own"),
+        ([*SERVED, "model.ppo.share_prompts=true"], "model.ppo.share_prompts", "prompts of their own"),
+        (["model.ppo.packing=true", "model.ppo.share_prompts=true"], "model.ppo.share_prompts", "packed rows"),
         ([*SERVED, f"{PREFIX}.simulator.max_tokens=4000"], f"{PREFIX}.simulator.max_tokens", "no room"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dynamic batching by tokens: the rows of an experience end to end, as many to a forward pass as fit.
+"""Dynamic batching by tokens: the rows of a rollout end to end, as many to a forward pass as fit.
 
 A packed micro-batch is one row of tokens with `cu_seqlens`: attention, positions and predictions stay inside a sequence
 (data/packing.py). What the model says of its tokens is put back in rows before any formula sees it, gradient included,
@@ -22,7 +22,7 @@ ROWS = "rows_"  # before the names of a packed micro-batch's own rows: [n, ...]
 
 
 def pack_rows(rows: MicroBatch, capacity: int) -> tuple[list[MicroBatch], list[list[int]]]:
-    """Rows [B, ...] of an experience as packed micro-batches of at most `capacity` tokens, all of one length; and which
+    """Rows [B, ...] of a rollout as packed micro-batches of at most `capacity` tokens, all of one length; and which
     rows each holds. Every replica gets the same number of micro-batches, for each has to make as many passes
     (collective over replicas); one may be empty.
 
@@ -92,14 +92,17 @@ def on_rows(objective: LossFunction) -> LossFunction:
 
 
 def outputs(
-    model: Model, rows: MicroBatch, capacity: int, *, with_entropy: bool = False, temperature: float = 1.0
+    model: Model,
+    batches: Sequence[MicroBatch],
+    bins: Sequence[Sequence[int]],
+    *,
+    with_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """`forward.outputs` of all rows, packed: `log_probs_BT` (and `entropy_BT`) or `values_BS` in the order of the
-    rows, fp32, 0 behind their ends. No gradients; collective over replicas."""
-    needed = {name: rows[name] for name in ("tokens_BS", "lengths_B")}
-    batches, bins = pack_rows(needed, capacity)
+    """`forward.outputs` of rows that `pack_rows` packed: `log_probs_BT` (and `entropy_BT`) or `values_BS` in the order
+    of the rows, fp32, 0 behind their ends. No gradients."""
     said = forward.outputs(model, batches, with_entropy=with_entropy, temperature=temperature)
-    order = torch.tensor([row for chosen in bins for row in chosen], device=rows["tokens_BS"].device).argsort()
+    order = torch.tensor([row for chosen in bins for row in chosen], device=batches[0]["tokens_BS"].device).argsort()
     parts = [vars(rows_of(TokenOutputs(**found), batch)[0]) for found, batch in zip(said, batches, strict=True)]
     names = [name for name in parts[0] if parts[0][name] is not None]
     return {name: torch.cat([part[name] for part in parts])[order] for name in names}
