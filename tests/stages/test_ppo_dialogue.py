@@ -75,6 +75,9 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
             assert np.abs(np.array(curve(tmp_path / "dp2", tag)) - np.array(whole)).max() < 1e-3, tag
     assert abs(summary(tmp_path / "whole")["ratio_step0"] - 1.0) < 1e-5
     assert summary(tmp_path / "whole")["logprob_gap_max"] < 1e-4
+    kept = [json.loads(line) for line in (tmp_path / "whole/samples/step_00000002.jsonl").read_text().splitlines()]
+    assert [row["weight_version"] for row in kept] == [1] * 4
+    assert all(row["prompt"].endswith("<|im_start|>assistant\n") and np.isfinite(row["reward"]) for row in kept)
     written = tmp_path / "whole/samples/dialogues_step_00000001.jsonl"
     kept = [json.loads(line) for line in written.read_text().splitlines()]
     lines = {
