@@ -175,6 +175,11 @@ class PpoParams(Section):
         "token_mean",
         "Mean over tokens; over replies of token means; or over replies of sums / max_length (Dr.GRPO).",
     )
+    packing: bool = knob(
+        False,
+        "Put sequences end to end for scores, log-probs, values and updates, attention kept apart, as many to a row as "
+        "fit in micro_batch_size (forward_micro_batch_size) x encoder_seq_length tokens.",
+    )
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
@@ -202,6 +207,10 @@ class PpoModel(ModelConfig):
     data: WeightedData
     peft: Peft = Peft()
     ppo: PpoParams = PpoParams()
+
+    def packed_tokens(self, micro_batch_size: int) -> int | None:
+        """Tokens of a packed row, as many as a micro-batch of full rows has; None where rows are not packed."""
+        return micro_batch_size * self.encoder_seq_length if self.ppo.packing else None
 
 
 class Critic(Section):

@@ -75,6 +75,9 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
             assert np.abs(np.array(curve(tmp_path / "dp2", tag)) - np.array(whole)).max() < 1e-3, tag
     assert abs(summary(tmp_path / "whole")["ratio_step0"] - 1.0) < 1e-5
     assert summary(tmp_path / "whole")["logprob_gap_max"] < 1e-4
+    kept = [json.loads(line) for line in (tmp_path / "whole/samples/step_00000002.jsonl").read_text().splitlines()]
+    assert [row["weight_version"] for row in kept] == [1] * 4
+    assert all(row["prompt"].endswith("<|im_start|>assistant\n") and np.isfinite(row["reward"]) for row in kept)
     written = tmp_path / "whole/samples/dialogues_step_00000001.jsonl"
     kept = [json.loads(line) for line in written.read_text().splitlines()]
     lines = {
@@ -89,12 +92,17 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
 
 
 @pytest.mark.slow
-def test_conversations_with_a_critic(place: Place, stage: Stage, tmp_path: Path) -> None:
-    stage("ppo", *overrides(place, tmp_path, **{"trainer.ppo.critic_warmup_steps": 1}))
-    assert len(curve(tmp_path, "critic/loss")) == 3
-    assert all(np.isfinite(curve(tmp_path, "critic/loss") + curve(tmp_path, "train_optim/loss")))
-    assert abs(summary(tmp_path)["ratio_step0"] - 1.0) < 1e-5
-    assert np.isfinite(summary(tmp_path)["val_reward"])
+def test_conversations_with_a_critic_in_rows_and_packed(place: Place, stage: Stage, tmp_path: Path) -> None:
+    for name, packing in (("rows", False), ("packed", True)):
+        changes = {"trainer.ppo.critic_warmup_steps": 1, "model.ppo.packing": packing}
+        stage("ppo", *overrides(place, tmp_path / name, **changes))
+        assert len(curve(tmp_path / name, "critic/loss")) == 3
+        assert abs(summary(tmp_path / name)["ratio_step0"] - 1.0) < 1e-5
+        assert summary(tmp_path / name)["logprob_gap_max"] < 1e-4
+        assert np.isfinite(summary(tmp_path / name)["val_reward"])
+    for tag in ("critic/loss", "train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards"):
+        rows, packed = (np.array(curve(tmp_path / name, tag)) for name in ("rows", "packed"))
+        assert np.abs(packed - rows).max() < 1e-3 * max(1.0, np.abs(rows).max()), tag
 
 
 @pytest.mark.slow
