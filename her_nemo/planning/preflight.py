@@ -16,6 +16,7 @@ from her_nemo.config.architecture import (
 )
 from her_nemo.config.chat import ChatConfig
 from her_nemo.config.compose import load
+from her_nemo.config.data import IngestConfig, InspectConfig
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
@@ -26,8 +27,6 @@ from her_nemo.config.schema import (
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
-    IngestConfig,
-    InspectConfig,
     ModelConfig,
     ParallelModel,
     PpoConfig,

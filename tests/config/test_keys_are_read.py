@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from her_nemo.config import (
     chat,
+    data,
     endpoints,
     evaluation,
     reward_bench,
@@ -31,7 +32,7 @@ PACKAGE = Path(schema.__file__).parents[1]
 SECTIONS = {
     name: value
     for module in (
-        chat, endpoints, evaluation, reward_bench, rl, roleplay_bench, schema, sections, synthesis
+        chat, data, endpoints, evaluation, reward_bench, rl, roleplay_bench, schema, sections, synthesis
     )
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, BaseModel)
