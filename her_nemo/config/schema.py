@@ -20,6 +20,7 @@ from her_nemo.config.rl import (
     Diversity,
     Generative,
     ImportanceSampling,
+    LengthParams,
     RewardMix,
     RewardRules,
     RewardVerdict,
@@ -137,13 +138,6 @@ class SamplingParams(Section):
     temperature: PositiveFloat = knob(1.0, "Softmax temperature of rollouts.")
     top_k: TopK = 0
     top_p: TopP = 1.0
-
-
-class LengthParams(Section):
-    """`model.ppo.length_params.*`."""
-
-    max_length: PositiveInt = knob(1024, "Longest response, tokens, the end token included.")
-    min_length: NonNegativeInt = knob(1, "Shortest response, tokens.")
 
 
 class PpoParams(Section):

@@ -80,25 +80,6 @@ def test_a_judge_s_checkpoint_is_one_model_more() -> None:
     assert "judge" not in stages.plan(config, shape_of(config)).parts
 
 
-def test_vllm_on_gpus_of_its_own_and_on_the_trainer_s() -> None:
-    def planned(*overrides: str) -> stages.StagePlan:
-        given = [*LARGE, "cluster=h100_8x8", "model.ppo.rollout_engine=vllm", "model.ppo.vllm.tensor_parallel_size=2"]
-        config = partial.load("ppo", [*given, "model.ppo.vllm.gpu_memory_utilization=0.4", *overrides])[0]
-        return stages.plan(config, shape_of(config))
-
-    apart, together = planned(), planned("model.ppo.vllm.colocated=true")
-    assert (apart.gpus, together.gpus) == (66, 64)
-    phases, same = ({phase.name: phase for phase in plan.phases} for plan in (apart, together))
-    assert phases.keys() - same.keys() == {"rollout (server)"}
-    assert same["rollout"].seconds == phases["rollout (server)"].seconds
-    share = int(0.4 * together.machine.gpu.memory)
-    for name in ("rollout", "sync"):
-        assert (same[name].static, same[name].passing) == (same["load"].static, share), name
-    assert phases["sync"].passing == 0
-    for name in ("scoring", "critic update", "actor update", "save"):  # asleep
-        assert same[name].total == phases[name].total, name
-
-
 def test_memory_falls_with_what_ought_to_lower_it() -> None:
     def peak(*overrides: str) -> int:
         config = compose.load("sft", ["pretrained_checkpoint.restore_from_path=/x", "model.data.train_ds.file_path=/x",

@@ -116,3 +116,16 @@ def test_the_search_gives_machines_to_servers() -> None:
     assert found.step_seconds == pytest.approx(best.plan.step_seconds)
 
 
+def test_servers_on_the_trainers_gpus_take_their_share_of_them_while_they_are_awake() -> None:
+    given = ["model.ppo.rollout_engine=vllm", "model.ppo.vllm.tensor_parallel_size=2",
+             "model.ppo.vllm.gpu_memory_utilization=0.4"]  # fmt: skip
+    apart, together = planned(*given), planned(*given, "model.ppo.vllm.colocated=true")
+    assert (apart.gpus, together.gpus) == (34, 32)
+    phases, same = ({phase.name: phase for phase in found.phases} for found in (apart, together))
+    assert phases.keys() - same.keys() == {"rollout (server)"}
+    assert same["rollout"].seconds == phases["rollout (server)"].seconds
+    for name in ("rollout", "sync"):
+        assert (same[name].static, same[name].passing) == (same["load"].static, int(0.4 * GPU.memory)), name
+    assert phases["sync"].passing == 0
+    for name in ("scoring", "critic update", "actor update", "save"):  # asleep
+        assert same[name].total == phases[name].total, name

@@ -92,17 +92,15 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
 
 
 @pytest.mark.slow
-def test_conversations_with_a_critic_in_rows_and_packed(place: Place, stage: Stage, tmp_path: Path) -> None:
-    for name, packing in (("rows", False), ("packed", True)):
-        changes = {"trainer.ppo.critic_warmup_steps": 1, "model.ppo.packing": packing}
-        stage("ppo", *overrides(place, tmp_path / name, **changes))
-        assert len(curve(tmp_path / name, "critic/loss")) == 3
-        assert abs(summary(tmp_path / name)["ratio_step0"] - 1.0) < 1e-5
-        assert summary(tmp_path / name)["logprob_gap_max"] < 1e-4
-        assert np.isfinite(summary(tmp_path / name)["val_reward"])
-    for tag in ("critic/loss", "train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards"):
-        rows, packed = (np.array(curve(tmp_path / name, tag)) for name in ("rows", "packed"))
-        assert np.abs(packed - rows).max() < 1e-3 * max(1.0, np.abs(rows).max()), tag
+def test_conversations_with_a_critic_in_packed_rows(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """What rows that are not packed would give: tests/parallel/test_ppo_packing.py."""
+    changes = {"trainer.ppo.critic_warmup_steps": 1, "trainer.ppo.max_steps": 1, "model.ppo.packing": True}
+    stage("ppo", *overrides(place, tmp_path, **changes))
+    assert len(curve(tmp_path, "critic/loss")) == 2
+    assert all(np.isfinite(curve(tmp_path, "critic/loss") + curve(tmp_path, "train_optim/loss")))
+    assert abs(summary(tmp_path)["ratio_step0"] - 1.0) < 1e-5
+    assert summary(tmp_path)["logprob_gap_max"] < 1e-4
+    assert np.isfinite(summary(tmp_path)["val_reward"])
 
 
 @pytest.mark.slow
