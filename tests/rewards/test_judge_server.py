@@ -78,7 +78,7 @@ def test_without_structured_output_and_with_a_key(judge_at: Callable, monkeypatc
 
 
 class Crowd:
-    """A script that lets its first requests go on only when so many are here together; counts them before it answers."""
+    """A script whose first requests wait until so many are here together; counts who is here before it answers."""
 
     def __init__(self, parties: int) -> None:
         self.parties, self.gate, self.lock = parties, threading.Barrier(parties), threading.Lock()
