@@ -72,8 +72,9 @@ def test_curves_of_both_arms_come_to_one_figure(tmp_path: Path) -> None:
         rows = [
             {"step": step, "tag": tag, "value": value}
             for step, value in enumerate(top, start=1)
-            for tag in ("roleplay/top1_pattern_share", "roleplay/pattern_entropy", "roleplay/format_valid")
+            for tag in ("roleplay/top1_pattern_share", "roleplay/pattern_entropy", "roleplay/format_valid", plot.WINDOW)
         ]
+        rows += [{"step": n, "tag": plot.COLLAPSED, "value": float(share > 0.5)} for n, share in enumerate(top, 1)]
         rows += [{"step": step, "tag": "train_rollouts/rewards", "value": 10.0 * step} for step in (1, 2, 3)]
         if arm == "with":  # the whole reward has the bonus in it; the reward model's part has not
             rows += [{"step": step, "tag": "reward/quality", "value": 1.0 * step} for step in (1, 2, 3)]
@@ -84,6 +85,8 @@ def test_curves_of_both_arms_come_to_one_figure(tmp_path: Path) -> None:
     assert found["means"]["with"]["top1_pattern_share"] == pytest.approx(0.35)
     assert [line["reward_model_last"] for line in found["runs"]] == [25.0, 2.5]
     assert found["seeds_with_both_arms"] == [0]
+    assert [line["window_top1_worst"] for line in found["runs"]] == [1.0, 0.4]
+    assert [line["collapsed_at"] for line in found["runs"]] == [2, None]
     image = ElementTree.fromstring(plot.figure(runs))
     charts = [child for child in image if child.tag.endswith("svg")]
     assert len(charts) == 4

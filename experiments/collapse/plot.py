@@ -44,6 +44,8 @@ MEASURES = (
     Measure("reward_model", "Reward model's score", ("reward/quality", "train_rollouts/rewards")),
     Measure("format_valid", "Share of well-formed replies", ("roleplay/format_valid",)),
 )
+# Of the newest 192 replies; and whether the rule of the run (run.py: COMMON) called the policy collapsed.
+WINDOW, COLLAPSED = "roleplay/window_top1_pattern_share", "roleplay/collapsed"
 
 STYLE = """
 :root { --series-1: #d9622b; --series-2: #2a6fd0; }
@@ -79,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 
 def read(directory: Path) -> dict[int, dict[str, dict[str, Points]]]:
-    """seed -> arm -> measure -> points."""
+    """seed -> arm -> measure, WINDOW or COLLAPSED -> points."""
     runs: dict[int, dict[str, dict[str, Points]]] = {}
     for file in sorted(directory.glob(f"*/{METRICS_FILE}")):
         named = re.fullmatch(r"(with|without)_seed(\d+)", file.parent.name)
@@ -89,7 +91,7 @@ def read(directory: Path) -> dict[int, dict[str, dict[str, Points]]]:
         measured = {
             measure.name: next(curves[tag] for tag in measure.tags if tag in curves) for measure in MEASURES
         }
-        runs.setdefault(int(named[2]), {})[named[1]] = measured
+        runs.setdefault(int(named[2]), {})[named[1]] = measured | {tag: curves[tag] for tag in (WINDOW, COLLAPSED)}
     return dict(sorted(runs.items()))
 
 
@@ -99,7 +101,7 @@ def tail(points: Points, last: int) -> float:
 
 
 def summary(runs: dict[int, dict[str, dict[str, Points]]], last: int) -> dict[str, Any]:
-    """First value and mean of the last ones of every run, and the means over the seeds that have both arms."""
+    """First value and mean of the last ones of every run, when it collapsed, and means over seeds with both arms."""
     lines: list[dict[str, Any]] = []
     for seed, arms in runs.items():
         for arm in ARMS:
@@ -110,6 +112,8 @@ def summary(runs: dict[int, dict[str, dict[str, Points]]], last: int) -> dict[st
                 points = arms[arm][measure.name]
                 line[f"{measure.name}_first"] = round(points[0][1], 4)
                 line[f"{measure.name}_last"] = round(tail(points, last), 4)
+            line["window_top1_worst"] = round(max(value for _, value in arms[arm][WINDOW]), 4)
+            line["collapsed_at"] = next((step for step, value in arms[arm][COLLAPSED] if value), None)
             lines.append(line)
     paired = [seed for seed, arms in runs.items() if len(arms) == len(ARMS)]
     means = {

@@ -93,11 +93,6 @@ CHANGES: tuple[Change, ...] = (
         (_CORE + "optimizer.optimizer:clip_grad_by_total_norm_fp32",),
     ),
     Change(
-        "rotary embeddings are applied by `her_nemo.megatron.rotary.RotaryEmbedding`, with the same bits",
-        "cosines taken anew in every layer and copies for an empty rest are a tenth of a small model's step",
-        (_CORE + "transformer.attention:apply_rotary_pos_emb",),
-    ),
-    Change(
         "Adam is `her_nemo.megatron.cpu_adam.CpuAdam`",
         "distributed-optimizer checkpoints written with torch's AdamW cannot be loaded again: the loader expects "
         "FusedAdam's state layout (`step` in the parameter group)",
@@ -170,7 +165,6 @@ def apply() -> None:
         _redirect_rng()
         _relax_type_checks()
         _replace_clipping()
-        _replace_rotary()
         _replace_adam()
     _applied = True
 
@@ -274,13 +268,6 @@ def _replace_clipping() -> None:
 
     for name in ("optimizer.optimizer", "optimizer.clip_grads"):
         importlib.import_module(_CORE + name).clip_grad_by_total_norm_fp32 = clip
-
-
-def _replace_rotary() -> None:
-    from her_nemo.megatron.rotary import RotaryEmbedding
-
-    attention = importlib.import_module(_CORE + "transformer.attention")
-    attention.apply_rotary_pos_emb = RotaryEmbedding(attention.apply_rotary_pos_emb)
 
 
 def _replace_adam() -> None:
