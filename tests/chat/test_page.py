@@ -191,7 +191,7 @@ def test_a_reply_is_stopped_and_its_markup_stays_text(seen: Seen) -> None:
     seen.turns(3)
     assert browser.run("document.title") == "Kit Holt · her_nemo chat"
     assert "cut off before its end" in browser.text("[data-turn='2'] .problem")
-    assert seen.endpoint.hung_up.wait(10)
+    assert seen.endpoint.hung_up.wait(60)
     assert browser.run("document.querySelectorAll('main img, main script').length") == 0
 
 

@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from streaming_endpoint import GOOD, Reply, StreamingEndpoint
@@ -28,16 +29,21 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\r")
 class Terminal:
     """`her-nemo chat` under a pty of 100 columns."""
 
+    started: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, endpoint: str, out: Path, *overrides: str) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         command = [sys.executable, "-m", "her_nemo", "chat", f"endpoint={endpoint}", f"out={out}", *overrides]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+        for name in ("COLUMNS", "LINES"):  # they would go before the pty's own size
+            environment.pop(name, None)
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=out.parent, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(slave)
+        self.started.append(self.process)
         self.raw = ""
         self.read_to = 0  # how much of the text was waited for already
 
@@ -76,6 +82,17 @@ class Terminal:
             pass
         os.close(self.master)
         return self.process.wait(30)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """A test that failed half way leaves no process."""
+    yield
+    while Terminal.started:
+        process = Terminal.started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
 
 
 @pytest.fixture
@@ -154,7 +171,7 @@ def test_ctrl_c_stops_a_reply_and_nothing_else(tmp_path: Path) -> None:
         terminal.until("word word")
         terminal.keys(b"\x03")
         terminal.until("cut off before its end")
-        assert server.hung_up.wait(10)
+        assert server.hung_up.wait(60)
         terminal.until("Pia Penn> ")
         terminal.keys(b"\x03")
         terminal.until("/quit leaves")

@@ -227,7 +227,7 @@ def test_a_stop_keeps_what_has_come_and_hangs_up(serve) -> None:
         assert page.post("say", speaker="Pia Penn", text="x").status_code == 409  # one thing at a time
         page.http.post("/api/stop", json={})
         items = [json.loads(line) for line in lines]
-    assert endpoint.hung_up.wait(10)
+    assert endpoint.hung_up.wait(60)
     page.session = items[-1]["session"]
     assert page.session["turns"][1]["problem"] == "cut off before its end"
     assert page.post("export").json()["error"] == "no turn of Kit Holt's to train on; turn 2: cut off before its end"
@@ -239,7 +239,7 @@ def test_a_tab_that_is_closed_leaves_the_room_free(serve) -> None:
     body = {"session": page.session["id"], "revision": 0, "speaker": "Kit Holt", "turn": None}
     with page.http.stream("POST", "/api/reply", json=body) as answer:
         next(answer.iter_lines())
-    assert endpoint.hung_up.wait(10)
+    assert endpoint.hung_up.wait(60)
     state = page.http.get("/api/state").json()["session"]
     assert (state["busy"], len(state["turns"])) == (False, 1)
 
