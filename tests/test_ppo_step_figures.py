@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -62,7 +64,7 @@ def test_sides_that_did_other_work_are_not_compared(ppo_step: ModuleType, change
         ppo_step.check_equal(JOB, even | {ppo_step.TRL: [turn([1.0], **changes)]})
 
 
-def test_curves_of_both_arms_come_to_one_page(tmp_path: Path) -> None:
+def test_curves_of_both_arms_come_to_one_figure(tmp_path: Path) -> None:
     plot = script("experiments/collapse/plot.py")
     for arm, top in (("without", [0.2, 0.6, 1.0]), ("with", [0.2, 0.3, 0.4])):
         directory = tmp_path / f"{arm}_seed0"
@@ -70,8 +72,9 @@ def test_curves_of_both_arms_come_to_one_page(tmp_path: Path) -> None:
         rows = [
             {"step": step, "tag": tag, "value": value}
             for step, value in enumerate(top, start=1)
-            for tag in ("roleplay/top1_pattern_share", "roleplay/pattern_entropy", "roleplay/format_valid")
+            for tag in ("roleplay/top1_pattern_share", "roleplay/pattern_entropy", "roleplay/format_valid", plot.WINDOW)
         ]
+        rows += [{"step": n, "tag": plot.COLLAPSED, "value": float(share > 0.5)} for n, share in enumerate(top, 1)]
         rows += [{"step": step, "tag": "train_rollouts/rewards", "value": 10.0 * step} for step in (1, 2, 3)]
         if arm == "with":  # the whole reward has the bonus in it; the reward model's part has not
             rows += [{"step": step, "tag": "reward/quality", "value": 1.0 * step} for step in (1, 2, 3)]
@@ -82,6 +85,9 @@ def test_curves_of_both_arms_come_to_one_page(tmp_path: Path) -> None:
     assert found["means"]["with"]["top1_pattern_share"] == pytest.approx(0.35)
     assert [line["reward_model_last"] for line in found["runs"]] == [25.0, 2.5]
     assert found["seeds_with_both_arms"] == [0]
-    page = plot.page(runs, found, 2)
-    assert page.count("<svg") == 4
-    assert "without, seed 0" in page
+    assert [line["window_top1_worst"] for line in found["runs"]] == [1.0, 0.4]
+    assert [line["collapsed_at"] for line in found["runs"]] == [2, None]
+    image = ElementTree.fromstring(plot.figure(runs))
+    charts = [child for child in image if child.tag.endswith("svg")]
+    assert len(charts) == 4
+    assert all(len(chart.findall("{*}path[@class='line']")) == 2 for chart in charts)

@@ -1,8 +1,8 @@
-"""The curves of the collapse experiment on one page, and their last values as JSON.
+"""The curves of the collapse experiment in one figure, and their last values as JSON.
 
     python experiments/collapse/plot.py --runs runs/collapse --out experiments/collapse [--last 5]
 
-Reads `metrics.jsonl` of every `<arm>_seed<n>` directory; writes `collapse.html` (SVG, no script) and `collapse.json`.
+Reads `metrics.jsonl` of every `<arm>_seed<n>` directory; writes `collapse.svg` and `collapse.json`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from her_nemo.evaluation.charts import Curve, line_chart
+from her_nemo.evaluation.charts import HEIGHT, WIDTH, Curve, line_chart
 from her_nemo.training.logging import METRICS_FILE, series
 
 ARMS = ("without", "with")
@@ -45,20 +44,17 @@ MEASURES = (
     Measure("reward_model", "Reward model's score", ("reward/quality", "train_rollouts/rewards")),
     Measure("format_valid", "Share of well-formed replies", ("roleplay/format_valid",)),
 )
+# Of the newest 192 replies; and whether the rule of the run (run.py: COMMON) called the policy collapsed.
+WINDOW, COLLAPSED = "roleplay/window_top1_pattern_share", "roleplay/collapsed"
 
 STYLE = """
-:root { color-scheme: light; --series-1: #d9622b; --series-2: #2a6fd0; --grid: #ecece8; --soft: #5b5f66; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 24px; color: #17181a; }
-.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 18px; }
-.chart { width: 100%; height: auto; overflow: visible; } .chart .grid { stroke: var(--grid); }
-.chart .axis { fill: var(--soft); font-size: 11px; }
-.chart path { fill: none; stroke-width: 2; } .chart .raw { stroke-width: 1; opacity: 0.32; }
-.chart .hover { opacity: 0; } .chart .hover:hover { opacity: 1; }
-figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); }
-i { display: inline-block; width: 18px; height: 3px; margin: 0 6px 4px 14px; }
-td, th { padding: 3px 14px 3px 0; text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { text-align: left; }
+:root { --series-1: #d9622b; --series-2: #2a6fd0; }
+text { font: 13px system-ui, sans-serif; fill: #17181a; }
+.chart { overflow: visible; } .grid { stroke: #ecece8; } .axis { font-size: 11px; fill: #5b5f66; }
+path { fill: none; stroke-width: 2; } .raw { stroke-width: 1; opacity: 0.32; }
 """
+ACROSS, DOWN, MARGIN, HEAD = 410, 226, 14, 34  # a chart with its title; what stands around all of them
+HOVER = re.compile(r'<circle class="hover".*?</circle>')  # an image has no pointer: a third of the size
 
 
 def main() -> int:
@@ -70,7 +66,7 @@ def main() -> int:
     found = summary(runs, options.last)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "collapse.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "collapse.html").write_text(page(runs, found, options.last), encoding="utf-8")
+    (options.out / "collapse.svg").write_text(figure(runs), encoding="utf-8")
     for line in found["runs"]:
         print(*(f"{key}={value}" for key, value in line.items()))
     return 0
@@ -79,13 +75,13 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="the --out of run.py")
-    parser.add_argument("--out", type=Path, required=True, help="directory of collapse.html and collapse.json")
+    parser.add_argument("--out", type=Path, required=True, help="directory of collapse.svg and collapse.json")
     parser.add_argument("--last", type=int, default=5, help="rollouts at the end that the table's means are over")
     return parser.parse_args()
 
 
 def read(directory: Path) -> dict[int, dict[str, dict[str, Points]]]:
-    """seed -> arm -> measure -> points."""
+    """seed -> arm -> measure, WINDOW or COLLAPSED -> points."""
     runs: dict[int, dict[str, dict[str, Points]]] = {}
     for file in sorted(directory.glob(f"*/{METRICS_FILE}")):
         named = re.fullmatch(r"(with|without)_seed(\d+)", file.parent.name)
@@ -95,7 +91,7 @@ def read(directory: Path) -> dict[int, dict[str, dict[str, Points]]]:
         measured = {
             measure.name: next(curves[tag] for tag in measure.tags if tag in curves) for measure in MEASURES
         }
-        runs.setdefault(int(named[2]), {})[named[1]] = measured
+        runs.setdefault(int(named[2]), {})[named[1]] = measured | {tag: curves[tag] for tag in (WINDOW, COLLAPSED)}
     return dict(sorted(runs.items()))
 
 
@@ -105,7 +101,7 @@ def tail(points: Points, last: int) -> float:
 
 
 def summary(runs: dict[int, dict[str, dict[str, Points]]], last: int) -> dict[str, Any]:
-    """First value and mean of the last ones of every run, and the means over the seeds that have both arms."""
+    """First value and mean of the last ones of every run, when it collapsed, and means over seeds with both arms."""
     lines: list[dict[str, Any]] = []
     for seed, arms in runs.items():
         for arm in ARMS:
@@ -116,6 +112,8 @@ def summary(runs: dict[int, dict[str, dict[str, Points]]], last: int) -> dict[st
                 points = arms[arm][measure.name]
                 line[f"{measure.name}_first"] = round(points[0][1], 4)
                 line[f"{measure.name}_last"] = round(tail(points, last), 4)
+            line["window_top1_worst"] = round(max(value for _, value in arms[arm][WINDOW]), 4)
+            line["collapsed_at"] = next((step for step, value in arms[arm][COLLAPSED] if value), None)
             lines.append(line)
     paired = [seed for seed, arms in runs.items() if len(arms) == len(ARMS)]
     means = {
@@ -129,40 +127,27 @@ def summary(runs: dict[int, dict[str, dict[str, Points]]], last: int) -> dict[st
     return {"last": last, "runs": lines, "seeds_with_both_arms": paired, "means": means}
 
 
-def page(runs: dict[int, dict[str, dict[str, Points]]], found: dict[str, Any], last: int) -> str:
+def figure(runs: dict[int, dict[str, dict[str, Points]]]) -> str:
+    """A row of charts a measure, a column a seed. Strong lines are smoothed, faint ones a point a rollout."""
+    width, height = 2 * MARGIN + ACROSS * len(runs), HEAD + MARGIN + DOWN * len(MEASURES)
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>her_nemo: collapse of diversity</title>",
-        f"<style>{STYLE}</style><h1>Collapse of diversity, with and without control</h1>",
-        '<p><i style="background:var(--series-1)"></i>without <i style="background:var(--series-2)"></i>with '
-        "<code>reward.diversity.pattern_weight</code>; a point is one rollout, strong lines are smoothed.</p>",
-        _table(found["runs"], last),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        f'<style>{STYLE}</style><rect width="{width}" height="{height}" fill="#fff"/>',
     ]
-    for seed, arms in runs.items():
-        parts.append(f"<h2>Seed {seed}</h2><div class=row>")
-        for measure in MEASURES:
+    for index, said in enumerate(("without control", "with the diversity reward")):
+        x = MARGIN + 46 + 180 * index
+        colour = f"stroke:var(--series-{index + 1})"
+        parts.append(f'<path style="{colour}" d="M{x} 20h24"/><text x="{x + 30}" y="24">{said}</text>')
+    for column, (seed, arms) in enumerate(runs.items()):
+        for row, measure in enumerate(MEASURES):
+            x, y = MARGIN + ACROSS * column, HEAD + DOWN * row
+            # An arm that has not run has no line, and the other one keeps its colour.
             curves = [Curve(arm, arms[arm][measure.name] if arm in arms else []) for arm in ARMS]
-            chart = line_chart(_present(curves), f"{measure.title}, seed {seed}")
-            parts.append(f"<figure><figcaption>{escape(measure.title)}</figcaption>{chart}</figure>")
-        parts.append("</div>")
-    return "\n".join(str(part) for part in parts) + "\n"
-
-
-def _present(curves: Sequence[Curve]) -> list[Curve]:
-    """The curves with points; an arm that has not run keeps its colour only if it comes last."""
-    return [curve for curve in curves if curve.points]
-
-
-def _table(lines: Sequence[dict[str, Any]], last: int) -> Markup:
-    head = "".join(f"<th>{escape(measure.title)}" for measure in MEASURES)
-    rows = "".join(
-        f"<tr><td>{line['arm']}, seed {line['seed']}"
-        + "".join(
-            f"<td>{line[f'{measure.name}_first']:.3f} → {line[f'{measure.name}_last']:.3f}" for measure in MEASURES
-        )
-        for line in lines
-    )
-    caption = f"<p>First rollout → mean of the last {last}.</p>"
-    return Markup(f"{caption}<table><tr><th>run{head}{rows}</table>")
+            chart = HOVER.sub("", line_chart(curves, f"{measure.title}, seed {seed}"))
+            place = f'<svg class="chart" x="{x}" y="{y + 24}" width="{WIDTH}" height="{HEIGHT}"'
+            parts.append(f'<text x="{x + 46}" y="{y + 18}">{escape(measure.title)}, seed {seed}</text>')
+            parts.append(chart.replace('<svg class="chart"', place, 1))
+    return "\n".join(str(part) for part in parts) + "\n</svg>\n"
 
 
 if __name__ == "__main__":

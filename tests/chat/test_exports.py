@@ -10,8 +10,8 @@ import pytest
 from her_nemo.chat.exports import RowFiles, pair_row, sample_rows
 from her_nemo.chat.scenes import load_scenes
 from her_nemo.chat.session import ChatSession
+from her_nemo.config.data import IngestConfig
 from her_nemo.config.errors import UserError
-from her_nemo.config.schema import IngestConfig
 from her_nemo.data.ingest import ingest
 from her_nemo.data.records import read_parquet
 from her_nemo.data.sources import read_rows

@@ -94,7 +94,7 @@ def test_a_conversation_under_a_pty(endpoint: StreamingEndpoint, tmp_path: Path)
     assert "mask" not in terminal.text  # folded all the while it came in
 
     terminal.say("/show all")
-    shown = terminal.until("no reader is meant to.")
+    shown = terminal.until("no reader is meant")
     assert "plan: Pia Penn pries. Kit Holt is calm." in shown
     assert "(I hide the mask.)" in shown
     terminal.say("/show nothing")
