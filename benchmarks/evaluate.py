@@ -81,23 +81,26 @@ def server(options: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, An
     """(base URL, bodies of the requests seen) of a scripted endpoint in a thread of its own."""
     seen: list[dict[str, Any]] = []
     loop = asyncio.new_event_loop()
-    up: asyncio.Future[int] = loop.create_future()
 
-    async def serve() -> None:
-        async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await answer_all(reader, writer, options.latency, seen)
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer_all(reader, writer, options.latency, seen)
 
-        listening = await asyncio.start_server(one, "127.0.0.1", 0)
-        up.set_result(listening.sockets[0].getsockname()[1])
+    async def end() -> None:
+        listening.close()
+        # The clients have closed their connections: what serves them ends by itself.
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=5)
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    asyncio.run_coroutine_threadsafe(serve(), loop).result()
+    listening = asyncio.run_coroutine_threadsafe(asyncio.start_server(one, "127.0.0.1", 0), loop).result()
     try:
-        yield f"http://127.0.0.1:{up.result()}/v1", seen
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1", seen
     finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 async def answer_all(

@@ -28,6 +28,7 @@ SUMMARIES = {
     "judge": "how well a judge of two replies judges, on held-out pairs",
     "evaluate_coser": "CoSER's scenes played and judged: her-nemo evaluate benchmark=coser",
     "evaluate_roleplay_bench": "long self-play judged for misalignment: her-nemo evaluate benchmark=roleplay_bench",
+    "evaluate_reward_model": "a reward model on labelled pairs: her-nemo evaluate benchmark=reward_model",
     "evaluate_compare": "runs of one benchmark on one page: her-nemo evaluate compare RUN_A RUN_B",
     "data_ingest": "conversations of any known format -> Parquet, splits, data card",
     "data_inspect": "one row in colour: segments, masks, every reader's view",

@@ -3,7 +3,8 @@
     python experiments/judge/run.py --demo runs/demo --out runs/judge
 
 Starts from the SFT model of a demo (`her-nemo demo`); two processes on two cores. Writes `<out>/judge.json`: accuracy,
-position consistency and the paired difference of RL to SFT. Every stage runs as a user would type it.
+position consistency and the paired difference of RL to SFT. Every stage runs as a user would type it. Started again
+with the same `--out` it goes on where it was ended.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ RL = [
     "model.optim.lr=2e-4",
     "model.optim.betas=[0.9,0.95]",
     "model.ppo.num_rollout_samples=128",
+    "model.ppo.share_prompts=true",
     "model.ppo.rollout_micro_batch_size=64",
     "model.ppo.forward_micro_batch_size=16",
     "model.ppo.length_params.max_length=176",
@@ -61,16 +63,22 @@ JUDGE = ["dtype=float32", "sampling.max_tokens=176"]
 def main() -> int:
     given = arguments()
     out, seed = given.out, given.seed
-    seconds: dict[str, float] = {}
-    begun = time.monotonic()
-    balance = write_judge_files(out / "world", seed, JudgeSizes())
-    extend_tokenizer(given.demo / "world" / "tokenizer", out / "world" / "tokenizer", judge_vocabulary())
-    seconds["world"] = time.monotonic() - begun
+    seconds = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").exists() else {}
+    if not (out / "world" / "balance.json").exists():
+        balance = write_judge_files(out / "world", seed, JudgeSizes())
+        extend_tokenizer(given.demo / "world" / "tokenizer", out / "world" / "tokenizer", judge_vocabulary())
+        (out / "world" / "balance.json").write_text(json.dumps(balance, indent=1) + "\n")
 
-    def train(stage: str, data: str, start: Path, name: str, overrides: list[str]) -> None:
-        her_nemo(
-            seconds,
-            stage,
+    def stage(name: str, done: Path, *overrides: str) -> None:
+        if not done.exists():
+            seconds[name] = seconds.get(name, 0.0) + her_nemo(name, *overrides)
+            (out / "seconds.json").write_text(json.dumps(seconds) + "\n")
+
+    def train(kind: str, data: str, start: Path, name: str, overrides: list[str]) -> None:
+        model, evaluation = out / "models" / name, out / "eval" / name
+        stage(
+            kind,
+            model / "proof.json",
             assign("model.data.train_ds.file_path", out / "world" / f"judge_{data}.jsonl"),
             assign("pretrained_checkpoint.restore_from_path", start),
             assign("exp_manager.explicit_log_dir", out / name),
@@ -78,21 +86,19 @@ def main() -> int:
             f"model.seed={seed}",
             *overrides,
         )
-        her_nemo(
-            seconds, "export", assign("checkpoint", out / name), assign("out", out / "models" / name), "dtype=float32"
-        )
-        her_nemo(
-            seconds,
+        stage("export", model / "proof.json", assign("checkpoint", out / name), assign("out", model), "dtype=float32")
+        stage(
             "judge",
-            assign("model", out / "models" / name),
+            evaluation / "eval.json",
+            assign("model", model),
             assign("prompts", out / "world" / "judge_test.jsonl"),
-            assign("out", out / "eval" / name),
+            assign("out", evaluation),
             *JUDGE,
         )
 
     train("sft", "sft", given.demo / "sft", "sft", [*SFT, *given.sft])
     train("ppo", "rl", out / "sft", "rl", [*RL, *given.rl])
-    report = summarise(out) | {"seconds": seconds, "balance": balance, "seed": seed}
+    report = summarise(out) | {"seconds": seconds, "seed": seed}
     (out / "judge.json").write_text(json.dumps(report, indent=1) + "\n")
     gain = report["gain"]
     print(
@@ -104,23 +110,27 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """What was typed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--demo", type=Path, required=True, help="the run directory of a finished demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft", action="append", default=[], help="a further override of SFT; may come again")
+    parser.add_argument(
+        "--sft", action="append", default=[], help="a further override of SFT; may come again"
+    )
     parser.add_argument("--rl", action="append", default=[], help="the same for RL")
     return parser.parse_args()
 
 
-def her_nemo(seconds: dict[str, float], stage: str, *overrides: str) -> None:
-    """Run a stage; its time is added to those of its name. Ends the program if it fails: its own message is above."""
+def her_nemo(stage: str, *overrides: str) -> float:
+    """Run a stage; its seconds. Ends the program if it fails: its own message is above."""
     print(f"\n== {stage}", flush=True)
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "her_nemo", stage, *overrides], check=False)
-    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - begun
     if done.returncode:
         sys.exit(done.returncode)
+    return time.monotonic() - begun
 
 
 def summarise(out: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from her_nemo.chat.scenes import Scene
 from her_nemo.config.errors import UserError
+from her_nemo.data.readers.coser import ENVIRONMENT
 from her_nemo.roleplay.dialects import Dialect, parse_message, to_her
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.names import same_name
@@ -26,9 +27,14 @@ from her_nemo.roleplay.prompt import (
     build_messages,
     render_utterance,
 )
+from her_nemo.roleplay.styles import named_pieces
 from her_nemo.roleplay.turn import Defect, Turn, parse_turn, render_segment
 from her_nemo.roleplay.views import VIEWS, Reader, view
 
+ENVIRONMENT_PROFILE = (
+    "The surroundings of the scene: what happens, what can be seen and heard, and what people do who have no part of "
+    "their own. It has no thoughts and no wishes."
+)
 PARTNER_REQUIREMENTS = (
     "Write only {name}'s next turn, a few sentences at most: his name, a colon, then what he says aloud. Visible "
     "actions stand between <role_action> and </role_action>. Write no thoughts, and never speak or act for {lead}."
@@ -182,11 +188,12 @@ class ChatSession:
         else:
             others = lead.others if lead else ()
             about = next((text for other, text in others if same_name(other, name)), "")
+            nameless = ENVIRONMENT_PROFILE if same_name(name, ENVIRONMENT) else ""
             present = [(other, text) for other, text in others if not same_name(other, name)]
             prompt = RolePrompt(
                 name=name,
                 book=self.scene.book or "an unnamed scene",
-                profile=about or f"{name} is in the scene with {self.lead}.",
+                profile=about or nameless or f"{name} is in the scene with {self.lead}.",
                 background=lead.background if lead else "",
                 scenario=lead.scenario if lead else self.scene.setting,
                 others=((self.lead, lead.profile if lead else ""), *present),
@@ -221,10 +228,15 @@ class ChatSession:
         """Another text that a model wrote for a turn. Returns the number of the candidate.
 
         Raises:
-            UserError: the model wrote nothing, or there is no such turn.
+            UserError: the model wrote nothing, or once more what is there, or there is no such turn.
         """
         turn = self.turn(number)
         candidate = Candidate(checked(text.strip()), self._author(turn.speaker), finished)
+        for index, there in enumerate(turn.candidates, start=1):
+            if (there.text, there.finished) == (candidate.text, finished):
+                raise UserError(
+                    f"the model wrote text {index} again, word for word: a higher sampling.temperature lets it vary"
+                )
         return self._append(number, candidate, choose=choose)
 
     def edit(self, number: int, text: str) -> int:
@@ -352,9 +364,14 @@ class Shown:
 
 
 def pieces_of(speaker: str, text: str) -> list[Shown]:
-    """A turn in order, without its name and without blank segments."""
+    """A turn in order, without blank segments, and without its name where that is the speaker's."""
     turn = parse_turn(text, expect_plan=False, expect_name=speaker)
-    return [Shown(segment.kind, segment.text.strip()) for segment in turn.segments if not segment.blank]
+    foreign = turn.name is not None and not same_name(turn.name, speaker)
+    return [
+        Shown(kind, piece.strip())
+        for kind, piece, is_name in named_pieces(turn, with_name=foreign)
+        if is_name or piece.strip()
+    ]
 
 
 def pieces_so_far(speaker: str, text: str) -> list[Shown]:

@@ -24,6 +24,7 @@ from her_nemo.chat.session import ChatSession, pieces_so_far
 from her_nemo.chat.terminal_view import (
     SOFT,
     choice_view,
+    counted,
     safe,
     scene_table,
     scene_view,
@@ -32,10 +33,13 @@ from her_nemo.chat.terminal_view import (
 )
 from her_nemo.config.chat import ChatConfig
 from her_nemo.config.errors import UserError, nearest
+from her_nemo.data.readers.coser import ENVIRONMENT
 from her_nemo.roleplay.kinds import Kind
 from her_nemo.roleplay.layouts import Layout
+from her_nemo.roleplay.names import same_name
 
 SHOWN_SCENES = 30
+BREAK = "⏎"
 _FOLDS = {
     "plans": frozenset({Kind.SYSTEM_THINKING}),
     "thoughts": frozenset({Kind.ROLE_THINKING}),
@@ -125,7 +129,7 @@ class Terminal:
         """Whoever spoke last besides the lead, rather than the Environment."""
         spoke = [turn.speaker for turn in reversed(self.session.turns)]
         known = [name for name in (*spoke, *self.session.others) if not self.session.is_lead(name)]
-        people = [name for name in known if name != "Environment"]
+        people = [name for name in known if not same_name(name, ENVIRONMENT)]
         return (people or known)[0]
 
     def _ask_scene(self) -> int:
@@ -197,12 +201,12 @@ class Terminal:
                 try:
                     async for progress in pieces:
                         so_far = pieces_so_far(speaker, progress.text)
-                        show(streaming_view(self.session, speaker, so_far, self.unfolded))
+                        show(streaming_view(self.session, speaker, so_far, self.unfolded, self._room()))
                 except asyncio.CancelledError:
                     return  # Ctrl-C: what has come is kept
 
         if self.console.is_terminal:
-            waiting = streaming_view(self.session, speaker, [], self.unfolded)
+            waiting = streaming_view(self.session, speaker, [], self.unfolded, self._room())
             with Live(waiting, console=self.console, transient=True, refresh_per_second=12) as live:
                 self.runner.run(receive(live.update))
         else:
@@ -212,10 +216,14 @@ class Terminal:
             return "", progress
         return progress.text, progress
 
+    def _room(self) -> int:
+        """Signs of a reply that are shown while it comes in: about what fits on the screen."""
+        return self.console.width * max(4, self.console.height - 8)
+
     def _after(self, progress: Progress) -> None:
         self._show_turns([len(self.session.turns) - 1])
         if progress.dropped:
-            note = f"The model was not told of the oldest {progress.dropped} exchanges: they did not fit."
+            note = f"The model was not told of the oldest {counted(progress.dropped, 'exchange')}, for want of room."
             self.console.print(Text(note, style=SOFT))
 
     # ------------------------------------------------------------ commands
@@ -275,7 +283,7 @@ class Terminal:
         count = self.files.write_pair(row)
         self.session.choose(number, better)
         self._show_turns([number])
-        self.console.print(Text(f"Kept: {count} pairs in {self.files.pairs}", style=SOFT))
+        self.console.print(Text(f"Kept: {counted(count, 'pair')} in {self.files.pairs}", style=SOFT))
 
     def use(self, rest: str) -> None:
         number = self._last()
@@ -288,14 +296,16 @@ class Terminal:
             word, _, rest = rest[1:].partition(" ")
             number = _number(word, "/edit #") - 1
         turn = self.session.turn(number)
-        text = rest.strip() or self._line("mend> ", turn.text.replace("\n", " "))
+        # The line has one line: a break inside the turn stands in it as a sign.
+        text = rest.strip() or self._line("mend> ", turn.text.replace("\n", BREAK)).replace(BREAK, "\n")
         self.session.edit(number, text)
         self._show_turns([number])
 
     def back(self, rest: str) -> None:
         count = _number(rest, "/back") if rest else 1
-        self.session.rewind(max(0, len(self.session.turns) - count))
-        self.console.print(Text(f"{len(self.session.turns)} turns are left.", style=SOFT))
+        left = max(0, len(self.session.turns) - count)
+        self.session.rewind(left)
+        self.console.print(Text(f"{counted(left, 'turn')} {'is' if left == 1 else 'are'} left.", style=SOFT))
 
     def show(self, rest: str) -> None:
         if rest not in _FOLDS:
@@ -314,7 +324,7 @@ class Terminal:
         count, left_out = self.files.write_samples(self.session)
         for item in left_out:
             self.console.print(Text(f"turn {item.turn + 1} left out: {item.reason}", style="red"))
-        self.console.print(Text(f"{count} samples in {self.files.samples}", style=SOFT))
+        self.console.print(Text(f"{counted(count, 'sample')} in {self.files.samples}", style=SOFT))
 
     def another(self, rest: str) -> None:
         raise _AnotherScene

@@ -39,6 +39,11 @@ def safe(text: str) -> str:
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 turn`, `2 turns`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def pieces_text(pieces: Sequence[Shown], unfolded: frozenset[Kind]) -> Text:
     """The pieces of a turn. A folded one leaves only a mark that it is there."""
     out = Text()
@@ -83,9 +88,13 @@ def note_of(turn: PlayedTurn) -> str:
     return BY[turn.candidate.author] + several
 
 
-def streaming_view(session: ChatSession, speaker: str, pieces: Sequence[Shown], unfolded: frozenset[Kind]) -> Group:
-    """A turn that is still being written."""
+def streaming_view(
+    session: ChatSession, speaker: str, pieces: Sequence[Shown], unfolded: frozenset[Kind], room: int
+) -> Group:
+    """A turn that is still being written: its last `room` signs."""
     body = pieces_text(pieces, unfolded)
+    if len(body) > room:
+        body = Text("… ", style=SOFT).append_text(body[-room:])
     body.append(" ▌", style=SOFT)
     return Group(speaker_line(session, speaker, "…"), body)
 

@@ -12,9 +12,9 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from her_nemo.chat.exports import RowFiles, pair_row
-from her_nemo.chat.players import Players
+from her_nemo.chat.players import Players, Progress
 from her_nemo.chat.scenes import Scene
 from her_nemo.chat.session import ChatSession, Shown, pieces_of, pieces_so_far, problem_of
 from her_nemo.chat.web_guard import Guard, known_hosts
@@ -32,7 +32,6 @@ from her_nemo.config.chat import ChatConfig
 from her_nemo.config.errors import UserError
 from her_nemo.roleplay.layouts import Layout
 
-Item = TypeVar("Item")
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
@@ -61,7 +60,7 @@ class ChatRoom:
     files: RowFiles
     session: ChatSession | None = None
     busy: bool = False
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    listening: asyncio.Task[None] | None = None  # to the reply that is coming in
 
     # ------------------------------------------------------------ what is shown
 
@@ -185,52 +184,50 @@ class ChatRoom:
         """
         number = None if given.get("turn") is None else _number(given, "turn")
         speaker = session.spelt(_text(given, "speaker")) if number is None else session.turn(number).speaker
-        self.stop.clear()
-        text, finished, last = "", False, 0.0
+        coming: asyncio.Queue[Progress | None] = asyncio.Queue()
+        # A task of its own: a tab that is closed cancels this answer anywhere, which an open reply does not survive.
+        self.listening = asyncio.create_task(self._listen(session, speaker, number, coming))
+        listening, latest, shown = self.listening, Progress(""), 0.0
         clock = asyncio.get_running_loop().time
         try:
-            async with (
-                aclosing(self.players.play(session, speaker, number)) as pieces,
-                aclosing(until(self.stop, pieces)) as coming,
-            ):
-                async for progress in coming:
-                    text, finished = progress.text, bool(progress.finished)
-                    if progress.finished is None and clock() - last < MIN_SECONDS_BETWEEN_PIECES:
-                        continue
-                    last = clock()
-                    yield {"pieces": drawn(pieces_so_far(speaker, text)), "dropped": progress.dropped}
-            if not text.strip():
-                yield {"error": "stopped" if self.stop.is_set() else f"the model wrote nothing for {speaker}"}
+            while (progress := await coming.get()) is not None:
+                latest = progress
+                if latest.finished is not None or clock() - shown >= MIN_SECONDS_BETWEEN_PIECES:
+                    shown = clock()
+                    yield {"pieces": drawn(pieces_so_far(speaker, latest.text)), "dropped": latest.dropped}
+            await asyncio.wait({listening})
+            stopped = listening.cancelled()
+            if not stopped:
+                listening.result()
+            if not latest.text.strip():
+                yield {"error": "stopped" if stopped else f"the model wrote nothing for {speaker}"}
             elif number is None:
-                session.add(speaker, text, finished=finished)
+                session.add(speaker, latest.text, finished=bool(latest.finished))
             else:
-                session.add_alternative(number, text, finished=finished, choose=bool(given.get("choose", True)))
+                choose, finished = bool(given.get("choose", True)), bool(latest.finished)
+                session.add_alternative(number, latest.text, finished=finished, choose=choose)
         except UserError as error:
             yield {"error": str(error)}
         finally:
+            listening.cancel()
             self.busy = False
         yield self.state()
 
+    async def _listen(
+        self, session: ChatSession, speaker: str, number: int | None, coming: asyncio.Queue[Progress | None]
+    ) -> None:
+        """Puts a reply into a queue as it comes, and None at its end."""
+        try:
+            async with aclosing(self.players.play(session, speaker, number)) as pieces:
+                async for progress in pieces:
+                    coming.put_nowait(progress)
+        finally:
+            coming.put_nowait(None)
 
-async def until(stop: asyncio.Event, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
-    """The items, until `stop` is set: also while the next one is waited for."""
-    stopping = asyncio.ensure_future(stop.wait())
-    coming: asyncio.Future[Item] | None = None
-    try:
-        while True:
-            coming = asyncio.ensure_future(anext(items))
-            await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                return
-            try:
-                yield coming.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        for waiting in (stopping, coming):
-            if waiting is not None and not waiting.done():
-                waiting.cancel()
-                await asyncio.wait({waiting})
+    def stop(self) -> None:
+        """End the reply that is coming in."""
+        if self.listening is not None:
+            self.listening.cancel()
 
 
 def drawn(pieces: Sequence[Shown]) -> list[dict[str, Any]]:
@@ -323,7 +320,7 @@ def application(room: ChatRoom) -> Starlette:
         return JSONResponse(room.change(request.url.path.removeprefix("/api/"), await _given(request)))
 
     async def stop(request: Request) -> Response:
-        room.stop.set()
+        room.stop()
         return JSONResponse({})
 
     async def reply(request: Request) -> Response:
@@ -374,7 +371,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(room: ChatRoom, listening: socket.socket, host: str, token: str) -> None:
     """Answer until the process is told to stop."""
     port = listening.getsockname()[1]
-    app = Guard(application(room), known_hosts(host, port), token)
+    app = Guard(application(room), known_hosts(host, port), token, FILES)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2,
         server_header=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from her_nemo.chat.client import is_loopback
@@ -38,12 +38,15 @@ def known_hosts(host: str, port: int) -> frozenset[str]:
     return frozenset(f"{name.lower()}{end}" for name in names for end in ([f":{port}"] + ([""] if port == 80 else [])))
 
 
-def refusal(headers: Mapping[str, str], path: str, hosts: frozenset[str], token: str) -> tuple[int, str] | None:
+def refusal(
+    headers: Mapping[str, str], path: str, hosts: frozenset[str], token: str, public: Collection[str] = ()
+) -> tuple[int, str] | None:
     """Why a request is not answered, as status and reason; None where it is.
 
     Args:
         headers: names in lower case.
         hosts: from `known_hosts`.
+        public: paths that are served without the token: the page itself, in which there is nothing to see.
     """
     host = headers.get("host", "").lower()
     if host not in hosts:
@@ -53,7 +56,7 @@ def refusal(headers: Mapping[str, str], path: str, hosts: frozenset[str], token:
         return 403, "a page of another site may not talk to this server"
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and path != "/":
         return 403, "a page of another site may not talk to this server"
-    if path.startswith("/api/"):
+    if path not in public:
         given = headers.get(TOKEN_HEADER, "")
         if not hmac.compare_digest(given.encode("utf-8", "replace"), token.encode()):
             return 401, "the address that her-nemo printed holds a token, and this page came without it"
@@ -63,8 +66,8 @@ def refusal(headers: Mapping[str, str], path: str, hosts: frozenset[str], token:
 class Guard:
     """An ASGI application in front of another: refuses what `refusal` says, and adds `HEADERS` to every answer."""
 
-    def __init__(self, app: Asgi, hosts: frozenset[str], token: str) -> None:
-        self.app, self.hosts, self.token = app, hosts, token
+    def __init__(self, app: Asgi, hosts: frozenset[str], token: str, public: Collection[str]) -> None:
+        self.app, self.hosts, self.token, self.public = app, hosts, token, public
 
     async def __call__(
         self,
@@ -76,7 +79,7 @@ class Guard:
             return  # no websockets here: uvicorn refuses what is not accepted
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-        refused = refusal(headers, scope["path"], self.hosts, self.token)
+        refused = refusal(headers, scope["path"], self.hosts, self.token, self.public)
         if refused is not None:
             status, reason = refused
             body = json.dumps({"error": reason}).encode()

@@ -1,4 +1,4 @@
-"""Sections of reinforcement learning: the KL penalty, importance weights, what a reward is mixed of, diversity.
+"""Sections of reinforcement learning: lengths, the KL penalty, importance weights, the mix of a reward, diversity.
 
 docs/rl.md has the formulas.
 """
@@ -25,6 +25,13 @@ class KlPenalty(Section):
         None, "Adaptive penalty: the KL it is led towards, nats a reply; null keeps it fixed."
     )
     horizon: PositiveFloat = knob(10000.0, "Adaptive penalty: replies over which it changes; more is slower.")
+
+
+class LengthParams(Section):
+    """`model.ppo.length_params.*`."""
+
+    max_length: PositiveInt = knob(1024, "Longest response, tokens, the end token included.")
+    min_length: NonNegativeInt = knob(1, "Shortest response, tokens.")
 
 
 class ImportanceSampling(Section):

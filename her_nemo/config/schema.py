@@ -10,14 +10,17 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from her_nemo.config.chat import ChatConfig
+from her_nemo.config.data import IngestConfig, InspectConfig
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
 from her_nemo.config.precision import Fp8Keys
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.rl import (
     Dialogue,
     Diversity,
     Generative,
     ImportanceSampling,
+    LengthParams,
     RewardMix,
     RewardRules,
     RewardVerdict,
@@ -34,7 +37,6 @@ from her_nemo.config.sections import (
     Section,
     SftData,
     SftTrainer,
-    Shares,
     StageConfig,
     Tokenizer,
     TopK,
@@ -138,13 +140,6 @@ class SamplingParams(Section):
     top_p: TopP = 1.0
 
 
-class LengthParams(Section):
-    """`model.ppo.length_params.*`."""
-
-    max_length: PositiveInt = knob(1024, "Longest response, tokens, the end token included.")
-    min_length: NonNegativeInt = knob(1, "Shortest response, tokens.")
-
-
 class PpoParams(Section):
     """`model.ppo.*`: rollouts and the clipped objective."""
 
@@ -174,6 +169,11 @@ class PpoParams(Section):
         "token_mean",
         "Mean over tokens; over replies of token means; or over replies of sums / max_length (Dr.GRPO).",
     )
+    packing: bool = knob(
+        False,
+        "Put sequences end to end for scores, log-probs, values and updates, attention kept apart, as many to a row as "
+        "fit in micro_batch_size (forward_micro_batch_size) x encoder_seq_length tokens.",
+    )
     importance: ImportanceSampling = ImportanceSampling()
     sampling_params: SamplingParams = SamplingParams()
     length_params: LengthParams = LengthParams()
@@ -201,6 +201,10 @@ class PpoModel(ModelConfig):
     data: WeightedData
     peft: Peft = Peft()
     ppo: PpoParams = PpoParams()
+
+    def packed_tokens(self, micro_batch_size: int) -> int | None:
+        """Tokens of a packed row, as many as a micro-batch of full rows has; None where rows are not packed."""
+        return micro_batch_size * self.encoder_seq_length if self.ppo.packing else None
 
 
 class Critic(Section):
@@ -409,70 +413,6 @@ class DemoConfig(StageConfig):
     evaluate: list[str] = knob([], "Overrides for evaluate.")
 
 
-Source = Literal[
-    "auto",
-    "coser",
-    "coser_book",
-    "coser_sharegpt",
-    "coser_test",
-    "her",
-    "her_full",
-    "her_multi_turn",
-    "her_single_turn",
-    "messages",
-    "aligner",
-    "aligner_sft",
-    "aligner_rm",
-    "conversations",
-]
-
-
-class IngestConfig(StageConfig):
-    """`her-nemo data ingest`: files of any known format -> Parquet, splits and a data card."""
-
-    source: Source = knob("auto", "The format, or the family it is told in; auto looks at the rows.")
-    path: str | list[str] = required("A file, a directory, a datasets name, or a list of these.")
-    out: str = required("Directory for conversations, samples, splits, quarantine and card.")
-    dataset_config: str | None = knob(None, "With a datasets name: its configuration.")
-    dataset_split: str | None = knob(None, "With a datasets name: its split; null takes all.")
-    dialect: Literal["auto", "her", "coser", "starred", "plain"] = knob(
-        "auto", "How thoughts and actions are written; auto takes the format's own."
-    )
-    book: str | None = knob(None, "Name of the book; null takes it from the data or the file's name.")
-    character: str | None = knob(
-        None, "Who the assistant is; null takes it from the row, the reply or the system prompt."
-    )
-    speakers: Literal["key", "profiled"] = knob(
-        "key", "Whose turns become samples: key characters', or everyone's with a profile."
-    )
-    plans: Literal["auto", "require", "any"] = knob(
-        "auto", "auto: where a conversation has plans, only turns with one become samples."
-    )
-    layout: Literal["her", "her_natural", "her_structured"] = knob(
-        "her", "How the system prompts made from conversations are laid out (docs/roleplay.md)."
-    )
-    allow_defects: list[str] = knob([], "Defects that do not keep a reply out of the samples.")
-    unit: Literal["conversation", "book"] = knob("conversation", "What a split keeps together.")
-    shares: Shares = Shares()
-    seed: NonNegativeInt = knob(0, "Seeds the splits.")
-    hold_out: bool = knob(True, "Keep what the source itself marks as test data for testing.")
-    test_set: str | None = knob(
-        None, "A test set in any known format: what is the same as one of its conversations is for testing."
-    )
-
-
-class InspectConfig(StageConfig):
-    """`her-nemo data inspect`: one row in colour."""
-
-    path: str = required("A Parquet or JSON-lines file of samples, prompts, pairs or conversations.")
-    row: NonNegativeInt = knob(0, "Which row, from 0.")
-    turn: NonNegativeInt | None = knob(
-        None, "Of a conversation: which turn to take apart; null shows them all."
-    )
-    tokenizer: str | None = knob(None, "A tokenizer directory: then the mask is shown token by token.")
-    width: PositiveInt | None = knob(None, "Columns; null takes the terminal's.")
-
-
 STAGES: dict[str, type[StageConfig]] = {
     "demo": DemoConfig,
     "convert": ConvertConfig,
@@ -484,6 +424,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "evaluate_coser": CoserConfig,
     "evaluate_roleplay_bench": RoleplayBenchConfig,
+    "evaluate_reward_model": RewardBenchConfig,
     "evaluate_compare": CompareConfig,
     "judge": JudgeConfig,
     "data_ingest": IngestConfig,

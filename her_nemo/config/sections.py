@@ -365,6 +365,9 @@ class VllmRollout(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = knob(
         0.9, "Share of a GPU's memory a started server takes; unused on CPU."
     )
+    colocated: bool = knob(
+        False, "Servers started share the trainer's GPUs: they sleep, without memory of their own, while it trains."
+    )
     prefix_caching: bool = knob(False, "Servers started keep what prompts share; reset at every sync.")
     sync: Literal["auto", "files", "nccl"] = knob(
         "auto", "How weights reach the servers: nccl between GPUs, or safetensors files; auto: nccl on CUDA."

@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from her_nemo.config.data import IngestConfig
 from her_nemo.config.errors import UserError
-from her_nemo.config.schema import IngestConfig
 from her_nemo.data import card as cards
 from her_nemo.data.quarantine import Ledger, Quarantine
 from her_nemo.data.readers import recognise, unknown_format

@@ -29,6 +29,11 @@ GROUP_TITLES = {
     "zh": "Chinese scenes",
     "flaws": "Flaws: share of turns that have them",
 }
+# Who was shown the hidden thoughts that stand on the page.
+THOUGHTS_SEEN = {
+    "roleplay_bench": "Hidden thoughts are shown here; judge and user simulator never saw them.",
+    "coser": "Hidden thoughts are shown here; the judge saw them, without plans, under protocol her only.",
+}
 _TURNS = re.compile(r"turns? ([\d, ]+): ")
 # What may differ between runs that are compared: the model under test, and what follows from it.
 _FREE_ROLES = ("actor",)
@@ -110,6 +115,7 @@ class SceneRow:
     title: str
     difference: float | None
     sides: tuple[ShownScene, ...] = field(default=())
+    reference: tuple[ShownLine, ...] = ()  # what the data have at the dialogue's place
 
 
 def read_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
@@ -171,7 +177,7 @@ def rows_of(
             for other in values[1:]
         )
         cells = tuple(next((m for m in run.results.metrics if m.name == name), None) for run in runs)
-        row = Row(title_of(name), name, cells, differences, metric.higher_is_better)
+        row = Row(title_of(name.split(":")[-1]), name, cells, differences, metric.higher_is_better)
         groups.setdefault(metric.group, []).append(row)
     return groups
 
@@ -274,7 +280,9 @@ def scene_rows(runs: Sequence[Run], metric: str, most: int) -> tuple[list[SceneR
         scenes = [min(run.scenes.get(key, ()), key=lambda scene: scene.run, default=None) for run in runs]
         title = next(scene.title for scene in scenes if scene is not None)
         sides = tuple(_side(run, scene) for run, scene in zip(runs, scenes, strict=True))
-        rows.append(SceneRow(key, title, difference, sides))
+        given = next((scene.reference for scene in scenes if scene is not None), ())
+        reference = tuple(_line(number, line, ()) for number, line in enumerate(given, 1))
+        rows.append(SceneRow(key, title, difference, sides, reference))
     return rows, len(ids) - len(rows)
 
 
@@ -346,6 +354,9 @@ def write_comparison(
             scenes=scenes,
             left_out=left_out,
             leading=leading[0].name if leading else "",
+            leading_digits=leading[0].digits if leading else 1,
+            thoughts_seen=THOUGHTS_SEEN.get(runs[0].results.benchmark, ""),
+            repeated=any(run.results.runs > 1 for run in runs),
             level=level,
             figure=figure,
             signed=signed,

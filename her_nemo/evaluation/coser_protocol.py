@@ -45,6 +45,9 @@ class Protocol:
         fill_main: "(only for the main characters: ...)" in the judge's criteria names them; else the placeholder
             stays as it is, since it is filled in before the criteria are.
         repeat_instructions: after a prediction that is none, the next-speaker model reads its instructions again.
+        rotate_speakers: the next-speaker model reads the names in an order that differs from scene to scene and run to
+            run (each name first once in as many runs as there are names), since a name may be taken for its place;
+            else in the file's order.
         brief: actors are asked for at most 60 words.
         reading: how a next speaker is read from an answer.
         severities: how flaws are counted.
@@ -65,6 +68,7 @@ class Protocol:
     say_prefix: bool
     fill_main: bool
     repeat_instructions: bool
+    rotate_speakers: bool
     brief: bool
     reading: Literal["last_field", "anywhere", "exact"]
     severities: Literal["integers_or_one", "numbers", "strict"]
@@ -85,6 +89,7 @@ _UPSTREAM = Protocol(
     say_prefix=True,
     fill_main=False,
     repeat_instructions=True,
+    rotate_speakers=False,
     brief=True,
     reading="last_field",
     severities="integers_or_one",
@@ -112,6 +117,7 @@ _HER = Protocol(
     say_prefix=False,
     fill_main=False,
     repeat_instructions=False,
+    rotate_speakers=False,
     brief=False,
     reading="anywhere",
     severities="numbers",
@@ -139,6 +145,7 @@ _FIXED = Protocol(
     say_prefix=True,
     fill_main=True,
     repeat_instructions=False,
+    rotate_speakers=True,
     brief=False,
     reading="exact",
     severities="strict",
@@ -147,6 +154,7 @@ _FIXED = Protocol(
     notes=(
         "thoughts are taken out of both dialogues before the judge sees them",
         "every message has its speaker's name before it",
+        "the next-speaker model reads the names in an order that is balanced over scenes and runs",
         "given messages (continue_from) keep their speakers and do not count among the actor's messages",
         "the dialogue begins with the speaker who begins it in the book",
         "the judge's criteria name the main characters",

@@ -6,6 +6,7 @@ reaches nobody but its thinker, however it is written.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -161,7 +162,7 @@ async def _speak(
 
 async def _ask_next(heard: _Heard, scene: CoserScene, play: Play, run: int) -> str | Failure:
     """What the next-speaker model says."""
-    messages = next_speaker_messages(scene, play, heard.turns, heard.answers)
+    messages = next_speaker_messages(scene, play, heard.turns, heard.answers, run)
     answer = await play.models["next_speaker"].complete(messages, draw=run)
     return answer if isinstance(answer, Failure) else clean(answer.text)
 
@@ -285,11 +286,15 @@ def environment_messages(scene: CoserScene, play: Play, turns: Sequence[Utteranc
 
 
 def next_speaker_messages(
-    scene: CoserScene, play: Play, turns: Sequence[Utterance], answers: Sequence[tuple[str, bool]]
+    scene: CoserScene,
+    play: Play,
+    turns: Sequence[Utterance],
+    answers: Sequence[tuple[str, bool]],
+    run: int = 0,
 ) -> list[Message]:
     """The prompt for the next-speaker model: each turn as others see it, and what it answered to it."""
     system, closing = play.next_speaker_prompt.messages(
-        speakers=", ".join(scene.speakers), scenario=scene.scenario
+        speakers=", ".join(listed_speakers(scene, play, run)), scenario=scene.scenario
     )
     messages: list[Message] = [system]
     waiting = [CONVERSATION_START.strip()]
@@ -302,6 +307,16 @@ def next_speaker_messages(
             waiting = [] if valid or not play.protocol.repeat_instructions else [system["content"]]
     messages.append({"role": "user", "content": "\n\n".join(filter(None, waiting))})
     return _closed(messages, closing["content"])
+
+
+def listed_speakers(scene: CoserScene, play: Play, run: int) -> tuple[str, ...]:
+    """The speakers in the order in which the next-speaker model reads them (Protocol.rotate_speakers)."""
+    names = tuple(scene.speakers)
+    if not play.protocol.rotate_speakers:
+        return names
+    digest = hashlib.sha256(f"{play.seed} {scene.scene_id}".encode()).digest()
+    first = (int.from_bytes(digest[:8], "big") + run) % len(names)
+    return names[first:] + names[:first]
 
 
 def _closed(messages: Sequence[Message], instruction: str) -> list[Message]:

@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
 RETRY_TEMPERATURE = 1.0
+LINE_SECONDS = 60.0
 SHOWN_ANSWER = 4_000  # characters of a bad answer kept in a failure
 _MEBIBYTE = 2**20
 _WHOLE_FILE = 64 * _MEBIBYTE
@@ -309,12 +312,19 @@ async def run_all(
     results: dict[int, Result] = {}
     waiting = iter(enumerate(units))
     bar = tqdm(total=len(units), desc=title, unit="scene", disable=None, smoothing=0.1)
+    told = begun = time.monotonic()
 
     async def worker() -> None:
+        nonlocal told
         for index, unit in waiting:
             results[index] = await work(unit)
             bar.set_postfix_str(_spent(models), refresh=False)
             bar.update()
+            # A log file has no bar: a line a minute instead.
+            if bar.disable and (now := time.monotonic()) - told >= LINE_SECONDS:
+                told = now
+                line = _progress(len(results), len(units), now - begun)
+                print(f"{title}: {line}, {_spent(models)}", file=sys.stderr, flush=True)
 
     tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(units)))]
     try:
@@ -328,6 +338,12 @@ async def run_all(
         await asyncio.gather(*tasks, return_exceptions=True)
         bar.close()
     return [results[index] for index in range(len(units))]
+
+
+def _progress(done: int, total: int, seconds: float) -> str:
+    """How far it is, how fast it goes, and how long it will take."""
+    minutes = seconds / 60 * (total - done) / done
+    return f"{done} of {total} scenes, {done / seconds * 60:.1f} a minute, about {minutes:.0f} minutes left"
 
 
 def _spent(models: Sequence[RoleModel]) -> str:

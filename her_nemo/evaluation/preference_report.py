@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from her_nemo.evaluation.statistics import Difference, Interval, bootstrap_mean, paired_bootstrap
+from her_nemo.roleplay.verdict import Winner
 
 LENGTH_MARGIN = 0.2  # of the longer reply: below it two replies are as good as equally long
 
@@ -35,7 +36,7 @@ class Order(StrEnum):
     NONE = ""  # the replies were scored one by one
 
 
-_VALUE = {Outcome.RIGHT: 1.0, Outcome.TIE: 0.5, Outcome.WRONG: 0.0}
+VALUES = {Outcome.RIGHT: 1.0, Outcome.TIE: 0.5, Outcome.WRONG: 0.0}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def preference_report(
         return {name: accuracy(groups[name]) for name in sorted(groups)}
 
     orders = {
-        order: {p.pair_id: _VALUE[p.outcome] for p in pairs if p.order is order and p.outcome in _VALUE}
+        order: {p.pair_id: VALUES[p.outcome] for p in pairs if p.order is order and p.outcome in VALUES}
         for order in (Order.CHOSEN_FIRST, Order.CHOSEN_SECOND)
     }
     first, second = orders[Order.CHOSEN_FIRST], orders[Order.CHOSEN_SECOND]
@@ -174,8 +175,8 @@ def accuracy_of(pairs: Iterable[PairOutcome], *, resamples: int, level: float, s
     by_pair: dict[str, list[float]] = {}
     for pair in pairs:
         counts[pair.outcome] += 1
-        if pair.outcome in _VALUE:
-            by_pair.setdefault(pair.pair_id, []).append(_VALUE[pair.outcome])
+        if pair.outcome in VALUES:
+            by_pair.setdefault(pair.pair_id, []).append(VALUES[pair.outcome])
     values = [sum(found) / len(found) for _, found in sorted(by_pair.items())]
     interval = bootstrap_mean(values, resamples=resamples, level=level, seed=seed) if values else None
     failed = counts.pop(Outcome.FAILED, 0)
@@ -196,6 +197,15 @@ def outcome_of_scores(chosen: float, rejected: float, tie_margin: float = 0.0) -
     if abs(chosen - rejected) <= tie_margin:
         return Outcome.TIE
     return Outcome.RIGHT if chosen > rejected else Outcome.WRONG
+
+
+def outcome_of_verdict(label: Winner, said: Winner | None) -> Outcome:
+    """Of a judge's word; None is a verdict that could not be read. A tie is half right against a label that is none."""
+    if said is None:
+        return Outcome.FAILED
+    if said is label:
+        return Outcome.RIGHT
+    return Outcome.TIE if said is Winner.TIE else Outcome.WRONG
 
 
 def length_group(chosen: int, rejected: int) -> str:

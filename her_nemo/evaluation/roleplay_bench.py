@@ -8,6 +8,7 @@ in prompts/. So figures compare models measured here, not with the published tab
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,6 +229,11 @@ def roles_of(cfg: RoleplayBenchConfig) -> dict[str, ChatModel]:
     return {"actor": cfg.actor, "user": cfg.user, "judge": cfg.judge}
 
 
+def seed_files(cfg: RoleplayBenchConfig) -> list[str]:
+    """The files of `seeds`, which may be one."""
+    return [cfg.seeds] if isinstance(cfg.seeds, str) else list(cfg.seeds)
+
+
 def run_bench(
     cfg: RoleplayBenchConfig,
     roles: Mapping[str, ChatModel] | None = None,
@@ -250,8 +256,7 @@ async def _run_bench(
     roles: Mapping[str, ChatModel],
     identities: Mapping[str, Mapping[str, str]] | None,
 ) -> tuple[Results, list[Scene]]:
-    paths = [cfg.seeds] if isinstance(cfg.seeds, str) else cfg.seeds
-    seeds = read_seeds(paths, None if cfg.num_seeds < 0 else cfg.num_seeds)
+    seeds = read_seeds(seed_files(cfg), None if cfg.num_seeds < 0 else cfg.num_seeds)
     prompts = load_prompts(cfg.prompts_dir)
     sessions = [Session(seed, run) for seed in seeds for run in range(cfg.runs)]
     cache = cfg.cache_dir or Path(cfg.out) / "cache"
@@ -281,6 +286,7 @@ def summarise(cfg: RoleplayBenchConfig, scenes: Sequence[Scene], prompts: Prompt
             own = [scene for scene in scenes if scene.info["language"] == language]
             names = [MetricName(f"{name}_{language}", language) for name in _SCORES]
             metrics += results.metrics_of(own, names, **drawn)
+    paths = seed_files(cfg)
     flaws, unfound = (sum(s.info.get(key, 0) for s in scenes) for key in ("flaws", "quotes_not_found"))
     quotes = f"{flaws} flaws named; the judge's quote was not found in its turn for {unfound} of them."
     return Results(
@@ -299,6 +305,7 @@ def summarise(cfg: RoleplayBenchConfig, scenes: Sequence[Scene], prompts: Prompt
         versions=results.versions(),
         settings={
             "seeds": cfg.seeds,
+            "seeds_sha256": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths],
             "turns": cfg.turns,
             "chunk_turns": cfg.chunk_turns,
             "context_turns": cfg.context_turns,

@@ -44,7 +44,9 @@ def _who_answers(config: ChatConfig, environment: Mapping[str, str]) -> Iterator
         hint = "checkpoint=DIR starts a vLLM server for an exported model, endpoint=URL asks one that runs"
         yield Problem("checkpoint", f"checkpoint or endpoint: {said}", hint=hint)
     for key, url in (("endpoint", config.endpoint), ("partner.endpoint", config.partner.endpoint)):
-        parts = urlsplit(url or "http://localhost")
+        if url is None:
+            continue
+        parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             hint = "give a base URL such as http://localhost:8000/v1"
             yield Problem(key, f"{url!r} is no address of a server", hint=hint)

@@ -269,8 +269,9 @@ def _plan_lines(answer: Answer, plan: stages.StagePlan) -> list[str]:
 
 
 def _servers_line(served: Servers) -> str:
+    where = f"{served.gpus} more" if served.gpus else "the same GPUs"
     return (
-        f"rollouts on {served.gpus} more, {_count(served.count, 'vLLM server')} of TP {served.tensor}: on each GPU "
+        f"rollouts on {where}, {_count(served.count, 'vLLM server')} of TP {served.tensor}: on each GPU "
         f"{served.weights / GB:.1f} GB weights + {served.cache / GB:.1f} GB keys and values of "
         f"{_count(served.together, 'sequence')} at once"
     )

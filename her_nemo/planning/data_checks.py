@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from her_nemo.config.data import IngestConfig, InspectConfig
 from her_nemo.config.errors import Problem, nearest
-from her_nemo.config.schema import IngestConfig, InspectConfig
 from her_nemo.config.synthesis import SynthesiseConfig
 from her_nemo.roleplay.turn import Defect
 

@@ -14,6 +14,7 @@ ESTIMATOR = "trainer.ppo.advantage_estimator"
 def check(config: PpoConfig, replicas: int) -> Iterator[Problem]:
     """Problems of the algorithm and the reward. `replicas`: the data-parallel size."""
     yield from _groups(config, replicas)
+    yield from _rows(config)
     yield from _algorithm(config)
     yield from _reward(config)
 
@@ -38,6 +39,17 @@ def _groups(config: PpoConfig, replicas: int) -> Iterator[Problem]:
     elif not config.trainer.ppo.has_critic:
         text = f"1 leaves {config.trainer.ppo.advantage_estimator} nothing to compare a reply with"
         yield Problem(GROUP, text, hint=f"use {GROUP}=8, or {ESTIMATOR}=gae")
+
+
+def _rows(config: PpoConfig) -> Iterator[Problem]:
+    """How replies are laid out for a forward pass: one way or the other."""
+    ppo, shared = config.model.ppo, "model.ppo.share_prompts"
+    if ppo.share_prompts and ppo.packing:
+        text = "packed rows hold whole sequences, each with a prompt of its own"
+        yield Problem(shared, text, hint="set it or model.ppo.packing to false")
+    if ppo.share_prompts and ppo.dialogue.on:
+        text = "turns of a conversation answer prompts of their own, of which no other reply shares one"
+        yield Problem(shared, text, hint="set it to false, or model.ppo.dialogue.turns=1")
 
 
 def _algorithm(config: PpoConfig) -> Iterator[Problem]:

@@ -16,17 +16,17 @@ from her_nemo.config.architecture import (
 )
 from her_nemo.config.chat import ChatConfig
 from her_nemo.config.compose import load
+from her_nemo.config.data import IngestConfig, InspectConfig
 from her_nemo.config.errors import ConfigErrors, Problem, UserError, nearest
 from her_nemo.config.evaluation import CoserConfig
 from her_nemo.config.judge import JudgeConfig, JudgePromptsConfig
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.config.schema import (
     ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
-    IngestConfig,
-    InspectConfig,
     ModelConfig,
     ParallelModel,
     PpoConfig,
@@ -84,6 +84,9 @@ def check(config: StageConfig, environment: Mapping[str, str] | None = None) -> 
         problems += [*found, *chat_checks.check(config, shape, environment or {})]
     if isinstance(config, RoleplayBenchConfig):
         problems += roleplay_bench_checks.bench(config, environment or {})
+    if isinstance(config, RewardBenchConfig):
+        found = [] if config.model is None else _source("model", config.model)[1]
+        problems += [*found, *roleplay_bench_checks.reward_model(config)]
     if isinstance(config, CompareConfig):
         problems += roleplay_bench_checks.comparison(config)
     if isinstance(config, DemoConfig):

@@ -1,4 +1,4 @@
-"""What can be known of Role-Play Bench, and of a comparison of runs, before anything is asked or read."""
+"""What can be known of Role-Play Bench, of the reward-model bench and of a comparison before anything is asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from her_nemo.config.errors import Problem
+from her_nemo.config.reward_bench import RewardBenchConfig
 from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.planning.benchmark_checks import role, shared
 
@@ -28,6 +29,44 @@ def bench(config: RoleplayBenchConfig, environment: Mapping[str, str]) -> Iterat
         )
     for name, chat in (("actor", config.actor), ("user", config.user), ("judge", config.judge)):
         yield from role(name, chat, environment, needed=True)
+
+
+def reward_model(config: RewardBenchConfig) -> Iterator[Problem]:
+    """Problems of `evaluate benchmark=reward_model`, beside those of the model's directory."""
+    if config.verdicts is not None:
+        yield from _verdicts(config, config.verdicts)
+    elif config.model is None or config.pairs is None:
+        missing = " and ".join(key for key in ("model", "pairs") if getattr(config, key) is None)
+        hint = "give a scalar reward model and labelled pairs, or a judge's verdicts=.../samples.jsonl"
+        yield Problem(missing.split(" ")[0], f"{missing} must be given", hint=hint)
+    if config.model is not None:
+        yield from _scalar(Path(config.model))
+    if config.pairs is not None and not Path(config.pairs).is_file():
+        yield Problem(
+            "pairs", f"{config.pairs}: no such file", hint="give pairs with messages, chosen, rejected"
+        )
+    if Path(config.out).is_file():
+        yield Problem("out", f"{config.out}: is a file", hint="give the path of a directory")
+
+
+def _verdicts(config: RewardBenchConfig, path: str) -> Iterator[Problem]:
+    if not Path(path).is_file():
+        yield Problem("verdicts", f"{path}: no such file", hint="give samples.jsonl of her-nemo judge")
+    for key in ("model", "pairs"):
+        if getattr(config, key) is not None:
+            hint = "verdicts are those of a judge that was asked already: leave one of the two out"
+            yield Problem(key, f"{key} and verdicts are both given", hint=hint)
+
+
+def _scalar(folder: Path) -> Iterator[Problem]:
+    if not folder.is_dir():
+        return  # said by the check of the source
+    if not (folder / "config.json").is_file():
+        hint = "run her-nemo export on it first, and give the directory that export wrote"
+        yield Problem("model", f"{folder}: no Hugging Face directory (with config.json)", hint=hint)
+    elif "SequenceClassification" not in (folder / "config.json").read_text(encoding="utf-8"):
+        hint = "give an exported reward model; of a judge that writes verdicts give verdicts=.../samples.jsonl"
+        yield Problem("model", f"{folder}: has no scalar head", hint=hint)
 
 
 def comparison(config: CompareConfig) -> Iterator[Problem]:

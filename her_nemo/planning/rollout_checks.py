@@ -12,6 +12,7 @@ from her_nemo.config.errors import Problem
 from her_nemo.config.schema import PpoConfig
 from her_nemo.config.sections import Section
 
+MOST_COLOCATED = 0.6  # of a GPU's memory, for a server beside a trainer
 # Sizes of an attention head that vLLM's CPU kernels have.
 VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -47,10 +48,12 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
     if len({url.rstrip("/") for url in vllm.servers}) < len(vllm.servers):
         yield Problem(f"{prefix}.servers", "names a server twice", hint="name each once")
     if vllm.servers:
-        own = {"num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
+        own = {"colocated", "num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
         for name in sorted(own & _changed(vllm)):
             text = "is for servers that the run starts, but model.ppo.vllm.servers are given"
             yield Problem(f"{prefix}.{name}", text, hint="leave one of the two out")
+    if vllm.colocated:
+        yield from _colocated(config)
     if vllm.sync_dir is not None and vllm.sync == "nccl":
         yield Problem(f"{prefix}.sync_dir", "has no effect with sync=nccl", hint="leave one of the two out")
     params = ppo.sampling_params
@@ -58,6 +61,20 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         text = f"top_k={params.top_k} and top_p={params.top_p:g} cut the distribution: vLLM then reports log-probs"
         hint = "use top_k=0 and top_p=1, or model.ppo.rollout_engine=megatron"
         yield Problem("model.ppo.sampling_params", f"{text} that the trainer cannot recompute", hint=hint)
+
+
+def _colocated(config: PpoConfig) -> Iterator[Problem]:
+    """Servers on the trainer's own GPUs."""
+    vllm, prefix = config.model.ppo.vllm, "model.ppo.vllm"
+    if config.model.ppo.one_step_off:
+        text = "servers on the trainer's GPUs sleep while it trains and cannot generate beside it"
+        yield Problem("model.ppo.one_step_off", text, hint=f"set it or {prefix}.colocated to false")
+    if vllm.sync == "nccl":
+        text = "nccl has no room for trainer and server on one GPU"
+        yield Problem(f"{prefix}.sync", text, hint="use files or auto")
+    if config.trainer.accelerator != "cpu" and vllm.gpu_memory_utilization > MOST_COLOCATED:
+        text = f"{vllm.gpu_memory_utilization:g} leaves the trainer no room for weights and optimizer on the same GPUs"
+        yield Problem(f"{prefix}.gpu_memory_utilization", text, hint=f"use {MOST_COLOCATED:g} or less")
 
 
 def _changed(section: Section) -> set[str]:

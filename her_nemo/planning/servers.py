@@ -1,4 +1,4 @@
-"""vLLM servers beside the trainer: what lies on each of their GPUs, and how long a rollout and a sync take."""
+"""vLLM servers beside the trainer, or on its GPUs: what lies on each of theirs, how long a rollout and a sync take."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Servers:
     together: int  # sequences that a server decodes at once
     rollout_seconds: float
     sync_seconds: float
+    taken: int = 0  # bytes of each of the trainer's GPUs while servers that share them are awake
 
     @property
     def gpus(self) -> int:
-        return self.count * self.tensor
+        """GPUs beside the trainer's."""
+        return 0 if self.taken else self.count * self.tensor
 
 
 def of(config: PpoConfig, shape: Shape, machine: Machine, length: float) -> Servers | None:
@@ -56,4 +58,5 @@ def of(config: PpoConfig, shape: Shape, machine: Machine, length: float) -> Serv
     )  # fmt: skip
     wire = machine.gpu.network if elsewhere else machine.gpu.nvlink
     sync = weights / (wire * cal.COLLECTIVE_EFFICIENCY)
-    return Servers(count, tensor, weights // tensor, cache, together, seconds, sync)
+    taken = int(machine.gpu.memory * vllm.gpu_memory_utilization) if vllm.colocated else 0
+    return Servers(count, tensor, weights // tensor, cache, together, seconds, sync, taken)

@@ -1,8 +1,8 @@
 """A stage's configuration as work for GPUs: which models lie on each, what every phase needs, how long it takes.
 
 What is planned is what the stages do: PPO keeps actor, critic, reference and reward model on the same ranks, and the
-actor itself generates (rollout/megatron_engine.py), or vLLM servers do, on GPUs of their own (`servers`). Lengths are
-the longest allowed unless a mean length is given.
+actor itself generates (rollout/megatron_engine.py), or vLLM servers do, on GPUs of their own or on the trainer's
+(`servers`). Lengths are the longest allowed unless a mean length is given.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class StagePlan:
     layout: Layout
     machine: Machine
     tokens_per_step: float
-    servers: Servers | None = None  # on GPUs of their own
+    servers: Servers | None = None  # on GPUs of their own, or on the trainer's
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -338,7 +338,8 @@ def _ppo(planner: Planner, config: PpoConfig) -> StagePlan:
     if served is None:
         phases.append(planner.fullest("sync", parts, still, 0.0, "nothing to move: the actor itself generates"))
     else:
-        phases.append(planner.fullest("sync", parts, still, served.sync_seconds, "weights to the servers"))
+        awake = dict.fromkeys(planner.stages, served.taken)
+        phases.append(planner.fullest("sync", parts, awake, served.sync_seconds, "weights to the servers"))
     return _finish(planner, parts, phases, samples * planner.length, served)
 
 
@@ -350,6 +351,8 @@ def _rollout(
     if served is not None:
         seen = max(0.0, served.rollout_seconds - beside)
         why = f"{served.rollout_seconds:.1f} s on the servers" + (", beside training" if beside else "")
+        if served.taken:
+            return planner.fullest("rollout", parts, dict.fromkeys(planner.stages, served.taken), seen, why)
         return Phase("rollout (server)", served.weights, served.cache, cal.CONTEXT_BYTES, seen, why)
     mine = max(1, ppo.num_rollout_samples // planner.layout.data)
     longest = min(ppo.length_params.max_length, planner.length)

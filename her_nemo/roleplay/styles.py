@@ -44,7 +44,7 @@ def write_visible(turn: Turn, styles: Mapping[Kind, Style], *, with_name: bool =
     out = ""
     hidden = False  # was something taken out since the last visible piece?
     previous: Style | None = None
-    for kind, text, is_name in _named_pieces(turn, with_name):
+    for kind, text, is_name in named_pieces(turn, with_name=with_name):
         style = styles.get(kind)
         if style is None or (style is not Style.PLAIN and not text.strip()):
             hidden = True
@@ -70,10 +70,10 @@ def _apart(before: Style | None, after: Style) -> bool:
 
 def pieces(turn: Turn) -> list[tuple[Kind, str]]:
     """The segments as (kind, text), with the name prefix at its place, counted as speech."""
-    return [(kind, text) for kind, text, _ in _named_pieces(turn, True)]
+    return [(kind, text) for kind, text, _ in named_pieces(turn, with_name=True)]
 
 
-def _named_pieces(turn: Turn, with_name: bool) -> Iterator[tuple[Kind, str, bool]]:
+def named_pieces(turn: Turn, *, with_name: bool) -> Iterator[tuple[Kind, str, bool]]:
     """(kind, text, whether it is the name prefix), in order."""
     pending = turn.name_span if with_name else None
     for segment in turn.segments:

@@ -135,6 +135,11 @@ class TrainingEngine(RolloutEngine, Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing will be generated until the next call: what is beside the trainer on its devices makes room for it.
+        Collective over all ranks."""
+        ...
+
     def tags(self) -> dict[str, float]:
         """What the last sync and the last rollout have to report, for the log."""
         ...

@@ -6,7 +6,7 @@ prediction of token t + 1, so the reply of a prompt of length p in a row of leng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from her_nemo.megatron import forward, parallel, platform
 from her_nemo.megatron.qwen3 import Model
 from her_nemo.rewards.reward import Replies, Reward
 from her_nemo.rollout.engine import Rollout
+from her_nemo.training import packed
 from her_nemo.training.running import RunningMoments
 
 MicroBatch = dict[str, torch.Tensor]
@@ -143,15 +144,33 @@ def evaluate_policy(
     critic: Model | None,
     size: int,
     temperature: float,
+    *,
+    capacity: int | None = None,
 ) -> None:
-    """Log-probs and entropy of the policy that generated, log-probs of the frozen reference, the critic's values."""
-    batches = experience.micro_batches(size)
-    said = forward.outputs(actor, batches, with_entropy=True, temperature=temperature)
-    experience.old_log_probs_BT = torch.cat([out["log_probs_BT"] for out in said])
-    experience.entropy_BT = torch.cat([out["entropy_BT"] for out in said])
-    experience.ref_log_probs_BT = torch.cat(forward.log_probs(reference, batches, temperature=temperature))
+    """Log-probs and entropy of the policy that generated, log-probs of the frozen reference, the critic's values.
+
+    `size` rows a pass; or, with `capacity`, as many as have that many tokens together, packed (collective then).
+    """
+    said = _passes(experience, size, capacity)
+    policy = said(actor, with_entropy=True, temperature=temperature)
+    experience.old_log_probs_BT, experience.entropy_BT = policy["log_probs_BT"], policy["entropy_BT"]
+    experience.ref_log_probs_BT = said(reference, temperature=temperature)["log_probs_BT"]
     if critic is not None:
-        experience.values_BT = torch.cat(forward.values(critic, batches))[:, :-1]
+        experience.values_BT = said(critic)["values_BS"][:, :-1]
+
+
+def _passes(experience: Experience, size: int, capacity: int | None) -> Callable[..., dict[str, torch.Tensor]]:
+    """What a model says of all rows, as a function of it: every model gets the same micro-batches, made once."""
+    if capacity is not None:
+        batches, bins = packed.pack_rows(experience.rows(0, len(experience)), capacity)
+        return partial(packed.outputs, batches=batches, bins=bins)
+    batches = experience.micro_batches(size)
+
+    def said(model: Model, **how: float | bool) -> dict[str, torch.Tensor]:
+        parts = forward.outputs(model, batches, **how)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return said
 
 
 def correct_for_engine(experience: Experience, how: ImportanceSampling) -> dict[str, torch.Tensor]:

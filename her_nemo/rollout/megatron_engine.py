@@ -48,6 +48,9 @@ class MegatronEngine:
         del prompts, sampling, seed, indices
         raise UserError("model.ppo.one_step_off needs model.ppo.rollout_engine=vllm")
 
+    def rest(self) -> None:
+        """Nothing to make room with: the cache of keys and values went when the last reply was done."""
+
     def tags(self) -> dict[str, float]:
         """Nothing beyond what the loop itself reports."""
         return {}

@@ -60,6 +60,7 @@ def open_engine(cfg: PpoConfig, actor: Model, *, pad_id: int, run_dir: Path) -> 
             vocab_size=actor.shape.vocab_size,
             max_model_len=cfg.model.encoder_seq_length,
             in_flight=2 * cfg.model.ppo.vllm.max_num_seqs,
+            sleeps=cfg.model.ppo.vllm.colocated,
         )
         closing.callback(engine.close)
         yield engine
@@ -68,7 +69,9 @@ def open_engine(cfg: PpoConfig, actor: Model, *, pad_id: int, run_dir: Path) -> 
 def _backend(cfg: PpoConfig) -> str:
     sync = cfg.model.ppo.vllm.sync
     if sync == "auto":
-        sync = "nccl" if torch.cuda.is_available() else "files"
+        # Two members of a NCCL group cannot have one GPU.
+        shared = cfg.model.ppo.vllm.colocated
+        sync = "nccl" if torch.cuda.is_available() and not shared else "files"
     return "nccl" if sync == "nccl" else "her_nemo_files"
 
 
@@ -92,8 +95,10 @@ def _own_servers(cfg: PpoConfig, actor: Model, folder: Path) -> Iterator[list[Se
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         prefix_caching=vllm.prefix_caching,
         backend=_backend(cfg),
+        sleeps=vllm.colocated,
     )
-    gpus = gpus_after(cfg.trainer.devices, vllm.num_servers, vllm.tensor_parallel_size, os.environ)
+    first = 0 if vllm.colocated else cfg.trainer.devices
+    gpus = gpus_after(first, vllm.num_servers, vllm.tensor_parallel_size, os.environ)
     with started(options, folder, gpus) as processes:
         for process in processes:
             print(f"rollout server {process.url}: process {process.pid}, log {process.log}", flush=True)

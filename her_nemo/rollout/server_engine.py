@@ -96,6 +96,7 @@ class ServerEngine:
         probe_limit: largest difference allowed, nats.
         vocab_size, max_model_len: of the model; the probe's tokens are drawn within.
         in_flight: requests a server is given at a time.
+        sleeps: the servers share the trainer's devices and give their memory away at every `rest`.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class ServerEngine:
         vocab_size: int,
         max_model_len: int,
         in_flight: int,
+        sleeps: bool = False,
     ) -> None:
         self._pool = pool
         self._transport = transport
@@ -116,6 +118,8 @@ class ServerEngine:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._in_flight = in_flight
+        self._sleeps = sleeps
+        self._asleep = False
         self._servers = {url: VllmServer(url) for url in pool.urls} if parallel.is_main() else {}
         self._version: int | None = None
         self._updates = 0
@@ -147,6 +151,7 @@ class ServerEngine:
         Raises:
             UserError: no server is left, or one refuses the request.
         """
+        self._wake()
         numbers = list(range(len(prompts)) if indices is None else indices)
         request = Request(prompts, sampling, seed, numbers)
         begun, self._ahead = self._ahead, None
@@ -175,6 +180,7 @@ class ServerEngine:
             SyncError: a server has other weights than the trainer.
         """
         self._settle()
+        self._wake()
         begun = time.perf_counter()
         fleet = Fleet([self._servers[url] for url in self._pool.live()] if self._servers else [], self._lost)
         problem: UserError | None = None
@@ -190,6 +196,37 @@ class ServerEngine:
         self._version = version
         self._updates += 1
         self._tags["timers/sync"] = time.perf_counter() - begun
+
+    def rest(self) -> None:
+        """Let the servers give their memory to the trainer, where they share its devices (collective over all ranks).
+        They keep their weights in main memory, and wake at the next `generate` or `update_weights`."""
+        if not self._sleeps or self._asleep:
+            return
+        parallel.barrier()  # every replica has its replies
+        begun = time.perf_counter()
+        self._tell("/sleep", level="1")
+        self._asleep = True
+        self._tags["timers/sleep"] = time.perf_counter() - begun
+
+    def _wake(self) -> None:
+        if not self._asleep:
+            return
+        begun = time.perf_counter()
+        self._tell("/wake_up")
+        self._asleep = False
+        self._tags["timers/wake"] = time.perf_counter() - begun
+
+    def _tell(self, path: str, **query: str) -> None:
+        """POST to all servers, from rank 0; all ranks learn which of them are left."""
+
+        def post(_alive: Callable[[], None]) -> list[str]:
+            fleet = Fleet([self._servers[url] for url in self._pool.live()], self._lost)
+            fleet.post(path, **query)
+            if not fleet.servers:
+                raise UserError(self._pool.everyone_gone())
+            return [server.url for server in fleet.servers]
+
+        self._pool.agree(parallel.on_main(post))
 
     def close(self) -> None:
         """Drop what is being generated. The servers are not this object's to stop."""

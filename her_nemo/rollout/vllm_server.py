@@ -48,6 +48,7 @@ class ServerOptions:
         gpu_memory_utilization: share of a GPU's memory to take; unused on CPU.
         prefix_caching: keep the keys and values of shared prompts; reset at every sync.
         backend: of vLLM's weight transfer: `nccl` or `her_nemo_files`.
+        sleeps: it has to give its GPU's memory away when it is told to; on CPU there is nothing to give.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class ServerOptions:
     gpu_memory_utilization: float
     prefix_caching: bool
     backend: str
+    sleeps: bool = False
 
 
 def command(options: ServerOptions, port: int, host: str = LOOPBACK) -> list[str]:
@@ -79,6 +81,7 @@ def command(options: ServerOptions, port: int, host: str = LOOPBACK) -> list[str
     ]  # fmt: skip
     if on_cuda:
         words += ["--gpu-memory-utilization", options.gpu_memory_utilization]
+        words += ["--enable-sleep-mode"] if options.sleeps else []
     else:
         config = read_hf_config(options.model)
         cache = cpu_cache_bytes(options.model, config, options.max_num_seqs, options.max_model_len)
@@ -115,7 +118,8 @@ def passed_on(
 
 
 def gpus_after(first: int, count: int, each: int, given: Mapping[str, str]) -> list[list[str]]:
-    """Which GPUs each of `count` servers gets: those after the trainer's own `first`; none on CPU.
+    """Which GPUs each of `count` servers gets: those after the trainer's own `first` (0 where they share those); none
+    on CPU.
 
     Raises:
         UserError: there are fewer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from her_nemo.config.schema import IngestConfig
+from her_nemo.config.data import IngestConfig
 from her_nemo.data.ingest import ingest
 
 

@@ -13,8 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from her_nemo.config.data import InspectConfig
 from her_nemo.config.errors import UserError
-from her_nemo.config.schema import InspectConfig
 from her_nemo.data.readers import recognise, unknown_format
 from her_nemo.data.readers.items import ReadOptions, View
 from her_nemo.data.readers.own import is_own

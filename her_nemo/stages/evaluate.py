@@ -1,6 +1,7 @@
 """Evaluation: replies from vLLM on held-out prompts, scored by the world's oracle and by the vitals.
 
-Writes `<out>/samples.jsonl` (every reply with its verdict) and, last, `<out>/eval.json` (the figures).
+Writes `<out>/samples.jsonl` (every reply with its verdict), `results.json` and `scenes.jsonl` (the same with intervals,
+for `her-nemo evaluate compare`) and, last, `<out>/eval.json` (the figures).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from her_nemo.config.schema import EvaluateConfig
 from her_nemo.data.miniature import Scene
 from her_nemo.data.sources import read_jsonl
 from her_nemo.data.tokenise import Dropped, Tokeniser, encode_prompt
+from her_nemo.evaluation import reply_results, results
 from her_nemo.evaluation.oracle import PRINCIPLES, OracleVerdict, load_scenes, score_reply
 from her_nemo.evaluation.statistics import mean_and_standard_error
 from her_nemo.evaluation.vitals import vitals
@@ -46,6 +48,7 @@ class Task:
     brief: str
     tail: str
     scene: Scene | None
+    others: tuple[str, ...] = ()  # who else the system prompt names
 
 
 def run(cfg: EvaluateConfig) -> int:
@@ -85,7 +88,13 @@ def run(cfg: EvaluateConfig) -> int:
         "seed": cfg.seed,
         "sampling": cfg.sampling.model_dump(),
     }
-    write_results(out, figures, sample_rows(tasks, replies, verdicts, rollout))
+    samples = sample_rows(tasks, replies, verdicts, rollout)
+    others = [task.others for task in tasks]
+    (out / EVAL_FILE).unlink(missing_ok=True)
+    results.write_results(
+        out, *reply_results.results_of_replies(cfg, samples, secrets=secrets_of(tasks), others=others)
+    )
+    write_results(out, figures, samples)
     print(headline(figures, out))
     return 0
 
@@ -130,9 +139,10 @@ def make_tasks(
             continue
         scene = None if scenes is None else scenes[row["trace_id"]]
         name, brief = part(row["messages"])
+        others = company(row["messages"])
         tail = row["messages"][-1]["content"].removeprefix(CONVERSATION_START)[-SHOWN_CHARACTERS:]
         tasks += [
-            Task(row["trace_id"], sample, prompt.token_ids.tolist(), name, brief, tail, scene)
+            Task(row["trace_id"], sample, prompt.token_ids.tolist(), name, brief, tail, scene, others)
             for sample in range(samples_per_prompt)
         ]
     if not tasks:
@@ -151,6 +161,14 @@ def part(messages: Sequence[dict[str, str]]) -> tuple[str | None, str]:
     except ValueError:
         return None, ""
     return prompt.name, " ".join([prompt.profile, *(text for _, text in prompt.others)])[:SHOWN_CHARACTERS]
+
+
+def company(messages: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """The names of the others in a system prompt of a known layout; none in any other."""
+    try:
+        return tuple(name for name, _ in RolePrompt.parse(messages[0]["content"]).others)
+    except ValueError:
+        return ()
 
 
 def summarise(
@@ -176,8 +194,13 @@ def summarise(
                 for name in PRINCIPLES
             },
         }
-    secrets = [(t.scene.secret_object, t.scene.secret_place) if t.scene else () for t in tasks]
-    return figures | vitals(replies, names=[task.character for task in tasks], secrets=secrets).as_dict()
+    names, others = [task.character for task in tasks], [task.others for task in tasks]
+    return figures | vitals(replies, names=names, secrets=secrets_of(tasks), others=others).as_dict()
+
+
+def secrets_of(tasks: Sequence[Task]) -> list[tuple[str, ...]]:
+    """What must not show in each reply: the hidden thing and its place, where there are scenes."""
+    return [(task.scene.secret_object, task.scene.secret_place) if task.scene else () for task in tasks]
 
 
 def sample_rows(

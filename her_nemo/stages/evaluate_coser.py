@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 from her_nemo.config.evaluation import CoserConfig
+from her_nemo.data.synthesis.pipeline import only_run
 from her_nemo.evaluation.coser import roles_of, run_coser
 from her_nemo.evaluation.results import RESULTS_FILE, SCENES_FILE
 from her_nemo.evaluation.servers import served
@@ -17,7 +18,7 @@ from her_nemo.evaluation.summary import summary
 
 def run(cfg: CoserConfig) -> int:
     out = Path(cfg.out)
-    with served(roles_of(cfg), cfg.server, out) as (roles, identities):
+    with only_run(out), served(roles_of(cfg), cfg.server, out) as (roles, identities):
         results = asyncio.run(run_coser(cfg, roles, identities))
     print(f"{summary(results)}\n-> {out / RESULTS_FILE}, {out / SCENES_FILE}")
     return 0

@@ -34,6 +34,7 @@ from her_nemo.stages.ppo_judge import generative_reward
 from her_nemo.stages.ppo_objectives import policy_objective, unmoved, value_objective
 from her_nemo.stages.ppo_rewards import build_reward, with_credit, with_diversity
 from her_nemo.stages.ppo_state import PpoState, stop_collapsed, watch_variety
+from her_nemo.training import packed
 from her_nemo.training import source as sources
 from her_nemo.training.learner import Learner, LossFunction, global_sums
 from her_nemo.training.loop import Upcoming, kind_weights, load_rows
@@ -77,12 +78,14 @@ def run(cfg: PpoConfig) -> int:
             here.metrics.log(step, engine.tags())
             if talks is not None:
                 report_dialogues(here, step, talks)
+            engine.rest()
             with here.timers("score"):
                 begin_scoring(shaped, replies)  # a judge behind servers is at work from now on
             with here.timers("log_probs"):
                 ex.evaluate_policy(
                     experience, actor.model, reference, critic and critic.model,
                     model.ppo.forward_micro_batch_size, model.ppo.sampling_params.temperature,
+                    capacity=model.packed_tokens(model.ppo.forward_micro_batch_size),
                 )  # fmt: skip
             with here.timers("score"):
                 told = ex.score(experience, replies, shaped)
@@ -304,9 +307,13 @@ def report_rollout(
     parts = parallel.data_gather_objects(list(replies.texts))
     if here.main:
         here.metrics.log(step, tags.roleplay_tags([text for part in parts for text in part]))
-        rewards = experience.scores_B.tolist()
+        rewards, versions = experience.scores_B.tolist(), experience.versions_B.tolist()
         kept = range(min(SAMPLES_KEPT, len(replies)))
-        rows = [{"reply": replies.texts[row], "reward": rewards[row]} for row in kept]
+        rows = [
+            {"prompt": replies.prompts[row], "reply": replies.texts[row], "reward": rewards[row],
+             "weight_version": versions[row]}
+            for row in kept
+        ]  # fmt: skip
         tags.write_samples(here.directory, step, rows)
         here.metrics.text(step, "rollout/reply", replies.texts[0])
     tags.summarise(here.summary, sums, gap)
@@ -363,10 +370,16 @@ def update(
 ) -> list[dict[str, float]]:
     """All updates of one model on one rollout; the global sums of each. `on_first` sees those of the first."""
     share = cfg.model.global_batch_size // parallel.data_size()
+    size = cfg.model.micro_batch_size
+    room = cfg.model.packed_tokens(size)
+    objective = objective if room is None else packed.on_rows(objective)
     passes = []
     for _ in range(cfg.trainer.ppo.max_epochs):
         for begin in range(0, len(experience), share):
-            batch = experience.micro_batches(cfg.model.micro_batch_size, begin, begin + share)
+            if room is None:
+                batch = experience.micro_batches(size, begin, begin + share)
+            else:
+                batch, _ = packed.pack_rows(experience.rows(begin, begin + share), room)
             sums = learner.update(
                 batch,
                 objective,

@@ -23,10 +23,9 @@ def build_reward(cfg: PpoConfig, reward_model: Model | None, generative: Reward 
         return VerdictReward(labels, correct=reward.verdict.correct, valid=reward.verdict.valid)
     parts: dict[str, tuple[float, Reward]] = {}
     if reward_model is not None:
-        parts["scalar"] = (
-            reward.mix.scalar,
-            ScalarReward(reward_model, cfg.model.ppo.forward_micro_batch_size, cfg.model.ppo.share_prompts),
-        )
+        size, shared = cfg.model.ppo.forward_micro_batch_size, cfg.model.ppo.share_prompts
+        scored = ScalarReward(reward_model, size, shared, cfg.model.packed_tokens(size))
+        parts["scalar"] = (reward.mix.scalar, scored)
     if generative is not None:
         parts["generative"] = (reward.mix.generative, generative)
     if reward.kind in ("rules", "mix"):

@@ -113,7 +113,10 @@ def summarise(summary: dict[str, Any], sums: dict[str, float], gap: float) -> No
 
 
 def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]], kind: str = "") -> None:
-    """`<run>/samples/step_00000012.jsonl`: what was asked, what came, and its reward. `kind` goes before the name."""
+    """`<run>/samples/step_00000012.jsonl`: what was asked, what came, its reward, the version of the weights.
+
+    `kind` goes before the name.
+    """
     directory = run_dir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -97,7 +97,7 @@ class Browser:
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
+    def wait(self, condition: str, seconds: float = 60) -> None:
         """Until an expression holds in the page."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -10,8 +10,8 @@ import pytest
 from her_nemo.chat.exports import RowFiles, pair_row, sample_rows
 from her_nemo.chat.scenes import load_scenes
 from her_nemo.chat.session import ChatSession
+from her_nemo.config.data import IngestConfig
 from her_nemo.config.errors import UserError
-from her_nemo.config.schema import IngestConfig
 from her_nemo.data.ingest import ingest
 from her_nemo.data.records import read_parquet
 from her_nemo.data.sources import read_rows
@@ -130,15 +130,14 @@ def test_a_pair_is_what_the_reward_stage_reads(played: ChatSession, tmp_path: Pa
 
 
 def test_pairs_that_cannot_be(played: ChatSession) -> None:
-    played.add_alternative(1, GOOD, choose=False)
     played.add_alternative(1, "Kit Holt: I w", finished=False, choose=False)
     played.add("Kit Holt", GOOD)  # he spoke last himself
     played.add_alternative(4, OTHER)
     for arguments, said in (
         ((2, 0, 1), "Pia Penn's"),
-        ((1, 0, 9), "4 texts"),
-        ((1, 0, 2), "the same"),
-        ((1, 0, 3), "cut off"),
+        ((1, 0, 9), "3 texts"),
+        ((1, 0, 0), "the same"),
+        ((1, 0, 2), "cut off"),
         ((4, 0, 1), "spoke last"),
     ):
         with pytest.raises(UserError, match=said):
@@ -156,3 +155,20 @@ def test_a_file_that_holds_something_else_is_not_written_over(played: ChatSessio
     assert len(files.samples.read_text(encoding="utf-8").strip().split("\n")) == 3
     with pytest.raises(UserError, match="cannot write"):
         RowFiles(files.samples).write_samples(played)
+
+
+def test_a_chat_in_a_scene_of_the_test_set_is_found_by_ingest(shared_data: Path, tmp_path: Path) -> None:
+    test_set = str(shared_data / "coser" / "test_set_sample.json")
+    held_out, _ = load_scenes([test_set], 1)
+    free, _ = load_scenes([str(shared_data / "coser" / "othello.json")], 1)
+    files = RowFiles(tmp_path / "chat")
+    for scene in (*held_out, *free):
+        session = ChatSession.begin(scene, scene.parts[1].name, "s1", turns=4)
+        session.add(session.lead, f"{session.lead}: Enough.")
+        files.write_samples(session)
+    ingest(IngestConfig(name="x", path=str(files.samples), out=str(tmp_path / "data"), test_set=test_set))
+    split = {row["book"]: row["split"] for row in read_parquet(tmp_path / "data" / "samples.parquet")}
+    assert split.pop(held_out[0].book) == "test"
+    assert len(split) == 1
+    assert "test" not in split.values()
+

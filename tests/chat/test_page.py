@@ -43,7 +43,7 @@ class Seen:
         """What is to be read of each turn, once there are so many and nothing is coming in."""
         self.browser.wait(
             f"document.querySelectorAll('.turn').length === {count} && !document.querySelector('.coming')"
-            " && !document.querySelector('#go').disabled"
+            " && !document.querySelector('#go').disabled && !document.querySelector('.editor')"
         )
         script = "[...document.querySelectorAll('.turn .body')].map(e => e.innerText)"
         return [" ".join(text.split()) for text in self.browser.run(script)]
@@ -154,6 +154,7 @@ def test_both_sides_edits_and_the_way_back_by_keyboard_alone(seen: Seen) -> None
     # Back to what the model wrote, and the comparison of the two, by the keys.
     tab_to("e.dataset.key === '1:‹'")
     browser.key("Enter")
+    browser.wait("document.querySelector('[data-turn=\"1\"] .acts').innerText.includes('1 of 2')")
     assert seen.turns(4)[1] == FOLDED.format(0)
     tab_to("e.dataset.key === '1:Compare'")
     browser.key("Enter")

@@ -10,6 +10,7 @@ from her_nemo.chat.scenes import Scene, miniature_scenes
 from her_nemo.chat.session import (
     Author,
     ChatSession,
+    PlayedTurn,
     Shown,
     as_typed,
     pieces_of,
@@ -18,7 +19,8 @@ from her_nemo.chat.session import (
 )
 from her_nemo.config.errors import UserError
 from her_nemo.roleplay.kinds import Kind
-from her_nemo.roleplay.prompt import CONVERSATION_START
+from her_nemo.roleplay.prompt import CONVERSATION_START, Utterance, render_utterance
+from her_nemo.roleplay.views import Reader
 
 REPLY = (
     "<system_thinking>Kit Holt should evade.</system_thinking>Kit Holt: <role_thinking>I hide the mask."
@@ -75,6 +77,10 @@ MANGLED = [
 ]
 
 
+def as_utterance(turn: PlayedTurn) -> Utterance:
+    return Utterance(turn.speaker, turn.text)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from([*TAGS, *MANGLED, "Kit Holt: ", " walks", "\n", "SECRET "]), max_size=12))
 def test_no_thought_reaches_the_partner_however_it_is_written(parts: list[str]) -> None:
@@ -85,7 +91,9 @@ def test_no_thought_reaches_the_partner_however_it_is_written(parts: list[str]) 
     session.add("Kit Holt", text)
     session.add("Pia Penn", text.replace("Kit Holt", "Pia Penn"))
     told = "\n".join(message["content"] for message in session.prompt_for("Pia Penn")[1:])
-    visible = [piece.text for turn in session.turns for piece in pieces_of(turn.speaker, turn.text) if not piece.folded]
+    # A turn of nothing but a wrong name is shown to the person, who may mend it; nobody is told of it.
+    noticed = [u for u in map(as_utterance, session.turns) if render_utterance(u, Reader.OTHER_CHARACTER)]
+    visible = [piece.text for u in noticed for piece in pieces_of(u.speaker, u.text) if not piece.folded]
     assert told.count("SECRET") == sum(text.count("SECRET") for text in visible)
     assert "thinking" not in told.casefold()
 
@@ -204,6 +212,12 @@ def test_folded_is_what_the_users_view_hides() -> None:
     assert user_text("Kit Holt", REPLY) == "Kit Holt: *nods* Listen, the drum is mine."
 
 
+def test_a_name_that_is_not_the_speakers_is_shown() -> None:
+    pieces = pieces_of("Kit Holt", "<system_thinking>p</system_thinking>Pia Penn: I am Kit.")
+    assert [piece.text for piece in pieces] == ["p", "Pia Penn:", "I am Kit."]
+    assert [piece.folded for piece in pieces] == [True, False, False]
+
+
 def test_while_a_reply_comes_in_no_piece_of_a_tag_or_name_shows() -> None:
     open_pieces: list[list[Shown]] = []
     for end in range(len(REPLY) + 1):
@@ -228,3 +242,13 @@ def test_miniature_scenes_are_of_characters_that_training_does_not_know(scene: S
         assert each.parts[0].name in held_out.names
         assert each.parts[0].name not in train.names
     assert made[0] == scene
+
+
+def test_the_same_text_again_is_no_other_text(session: ChatSession) -> None:
+    session.add("Kit Holt", REPLY)
+    assert session.add_alternative(1, "Kit Holt: No.", finished=False) == 1
+    assert session.add_alternative(1, "Kit Holt: No.") == 2  # now it is whole
+    with pytest.raises(UserError, match=r"wrote text 1 again, word for word: a higher sampling\.temperature"):
+        session.add_alternative(1, f"{REPLY}\n")
+    assert len(session.turns[1].candidates) == 3
+    assert session.turns[1].text == "Kit Holt: No."

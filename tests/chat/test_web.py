@@ -101,7 +101,7 @@ def test_the_guards_rules() -> None:
 
     def status(path: str = "/api/state", **headers: str) -> int | None:
         names = {"host": "127.0.0.1:8817", TOKEN_HEADER: "t"} | {k.replace("_", "-"): v for k, v in headers.items()}
-        found = refusal(names, path, hosts, "t")
+        found = refusal(names, path, hosts, "t", ["/"])
         return found and found[0]
 
     assert status() is None
@@ -123,6 +123,8 @@ def test_the_guards_rules() -> None:
     assert status(**{TOKEN_HEADER.replace("-", "_"): "u"}) == 401
     assert status(**{TOKEN_HEADER.replace("-", "_"): "é"}) == 401
     assert status("/", sec_fetch_site="cross-site") is None  # a link to the page may be followed
+    for path in ("//api/state", "/API/state", "/anything"):
+        assert status(path, **{TOKEN_HEADER.replace("-", "_"): ""}) == 401
 
 
 def test_a_foreign_page_another_user_and_another_name_are_refused(serve) -> None:
@@ -151,7 +153,8 @@ def test_a_foreign_page_another_user_and_another_name_are_refused(serve) -> None
         for name in ("/app.js", "/style.css", "/favicon.svg"):
             assert http.get(name).status_code == 200
             assert not re.search(r"(?<!www\.w3\.org)https?://(?!www\.w3\.org)", http.get(name).text)  # works offline
-        assert http.get("/../web.py").status_code == 404
+        assert http.get("/web.py").status_code == 401
+    assert page.http.get("/web.py").status_code == 404
     assert len(page.call("say", **body)["session"]["turns"]) == 2  # the page itself may
     assert endpoint.requests == []
 

@@ -19,6 +19,7 @@ GIVEN = {
     "judge": ["model=/hf", "prompts=/prompts.jsonl"],
     "evaluate_coser": ["scenes=/test_set.json"],
     "evaluate_roleplay_bench": ["seeds=/seeds.jsonl"],
+    "evaluate_reward_model": ["model=/rm", "pairs=/pairs.jsonl"],
     "evaluate_compare": ["runs=[/a,/b]"],
     "demo": [],
     "data_ingest": ["path=/book.json", "out=/data"],

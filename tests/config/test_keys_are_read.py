@@ -13,14 +13,27 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from her_nemo.config import chat, endpoints, evaluation, rl, roleplay_bench, schema, sections, synthesis
+from her_nemo.config import (
+    chat,
+    data,
+    endpoints,
+    evaluation,
+    reward_bench,
+    rl,
+    roleplay_bench,
+    schema,
+    sections,
+    synthesis,
+)
 from her_nemo.config.compose import known_keys, subsection
 from her_nemo.config.schema import ARCHITECTURE_KEYS, STAGES
 
 PACKAGE = Path(schema.__file__).parents[1]
 SECTIONS = {
     name: value
-    for module in (chat, endpoints, evaluation, rl, roleplay_bench, schema, sections, synthesis)
+    for module in (
+        chat, data, endpoints, evaluation, reward_bench, rl, roleplay_bench, schema, sections, synthesis
+    )
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, BaseModel)
 }

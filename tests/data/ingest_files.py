@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from her_nemo.config import compose
-from her_nemo.config.schema import IngestConfig
+from her_nemo.config.data import IngestConfig
 from her_nemo.data.ingest import ingest
 from her_nemo.data.records import read_parquet
 

@@ -14,6 +14,7 @@ from her_nemo.data.miniature import (
     INTENTS,
     MOOD_OF,
     MOODS,
+    OBJECTS,
     RELATIONS,
     STANCE_OF,
     STANCES,
@@ -31,7 +32,7 @@ from her_nemo.data.miniature_flaws import (
     sample_flaws,
     sample_pair_flaws,
 )
-from her_nemo.data.miniature_text import PATTERNS, prompt_messages
+from her_nemo.data.miniature_text import MESSAGES, PARTNER_LINES, PATTERNS, prompt_messages
 from her_nemo.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from her_nemo.roleplay.prompt import CHAT_TEMPLATE, CONVERSATION_START, RolePrompt
 from her_nemo.roleplay.turn import Kind, parse_turn
@@ -118,6 +119,7 @@ def test_test_characters_appear_in_no_training_file(world: tuple[Path, WorldSumm
         "sft_val.jsonl",
         "pairs_train.jsonl",
         "prompts_train.jsonl",
+        "partners_train.jsonl",
     ):
         text = (out / name).read_text(encoding="utf-8")
         assert not [character for character in test_names if character in text]
@@ -128,6 +130,27 @@ def test_training_scenes_answer_no_held_out_triple_even_in_their_history() -> No
     for scene in sample_scenes(3, "any", train, 1500):
         asked = [(scene.relation, scene.intent), *((e.relation, e.intent) for e in scene.history)]
         assert not {(scene.temperament, *pair) for pair in asked} & set(test.triples)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_partners_go_on_with_their_own_messages_and_no_held_out_triple(
+    world: tuple[Path, WorldSummary], part: str
+) -> None:
+    split = make_splits(0)[part == "test"]
+    scenes = {
+        scene.trace_id: scene
+        for scene in sample_scenes(0, {"train": "prompts", "test": "test"}[part], split, SMALL.prompts_train)
+    }
+    rows = read(world[0] / f"partners_{part}.jsonl")
+    assert [row["trace_id"] for row in rows] == [r["trace_id"] for r in read(world[0] / f"prompts_{part}.jsonl")]
+    meant = {wording.format(o=thing): (intent, thing)
+             for intent, wordings in MESSAGES.items() for wording in wordings for thing in OBJECTS}  # fmt: skip
+    for row in rows:
+        scene = scenes[row["trace_id"]]
+        assert row["partner"] == scene.speaker
+        said = [meant[line] for line in row["lines"]]
+        assert len({thing for _, thing in said} - {scene.object}) == PARTNER_LINES
+        assert all((scene.temperament, scene.relation, intent) in split.triples for intent, _ in said)
 
 
 def test_test_scenes_are_all_held_out_and_round_trip_through_json(world: tuple[Path, WorldSummary]) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 from scripted_endpoint import Reply
 
-from her_nemo.evaluation.coser_protocol import DIMENSIONS
-
 # Severities of the judge, by dimension.
 FLAWS: Mapping[str, Sequence[Any]] = {
     "Storyline Consistency": [5, 4, 3, 2],
@@ -133,6 +131,3 @@ def scene(**changed: Any) -> dict[str, Any]:
 def write_scenes(path: Path, *scenes: dict[str, Any]) -> Path:
     path.write_text(json.dumps(list(scenes)), encoding="utf-8")
     return path
-
-
-assert set(FLAWS) == set(DIMENSIONS)

@@ -136,6 +136,19 @@ def test_the_page_stands_alone_and_shows_all(two: list[Path], tmp_path: Path) ->
     assert "no call failed" in page
 
 
+def test_what_the_book_says_stands_below_the_scene(tmp_path: Path) -> None:
+    given = (Line("Ann", "[She knows.] Where is it?", "given", "coser"),)
+    paths = [
+        save(tmp_path / name, [scene("a", 1.0, reference=given)], benchmark="coser", runs=runs)
+        for name, runs in (("one", 1), ("two", 2))
+    ]
+    page = page_of(paths, tmp_path / "c.html")
+    assert page.count("As it stands in the book") == 1
+    assert '<span class="role_thinking">[She knows.]</span>' in page.split("As it stands in the book")[1]
+    assert "the judge saw them, without plans, under protocol her only" in page
+    assert "Of a scene's repetitions the first is shown." in page
+
+
 def test_a_run_with_too_many_failures_is_marked(two: list[Path], tmp_path: Path) -> None:
     refused = Failure(FailureKind.REFUSED, "I will not", "judge")
     bad = scene("a", 99.0, failures=(refused,))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,14 @@ from her_nemo.evaluation.coser import benchmark_prompt
 from her_nemo.evaluation.coser_judging import dialogue_text, judge_messages, overlap, reference_text
 from her_nemo.evaluation.coser_protocol import PROTOCOLS
 from her_nemo.evaluation.coser_scenes import CoserScene, read_scenes
-from her_nemo.evaluation.coser_simulation import NONE, Play, Simulation, actor_messages, simulate
+from her_nemo.evaluation.coser_simulation import (
+    NONE,
+    Play,
+    Simulation,
+    actor_messages,
+    next_speaker_messages,
+    simulate,
+)
 from her_nemo.evaluation.endpoint import open_models
 from her_nemo.evaluation.results import Line
 from her_nemo.evaluation.retrieval import Library
@@ -216,6 +225,18 @@ def test_what_a_character_remembers(tmp_path) -> None:
         remembered = "===What You Remember===\n# From the book\n\nThey hid a letter.\n\n===Requirements==="
         assert remembered in ann
         assert ("{retrieved_knowledge}" in system(protocol, "Bob")) is (protocol == "upstream")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_each_name_is_read_first_as_often_as_the_others(tmp_path, protocol) -> None:
+    choices, prompt = PROTOCOLS[protocol], benchmark_prompt("coser_next_speaker", None)
+    play = Play(choices, choices.layout, {}, prompt, prompt, 20, 0, 0)
+    scene = the_scene(tmp_path)
+    read = [next_speaker_messages(scene, play, [], [], run)[0]["content"] for run in range(6)]
+    lists = [re.search(r"Choose one of: (.+?)\. The Environment", text).group(1).split(", ") for text in read]
+    assert all(sorted(names) == ["Ann", "Bob", "Environment"] for names in lists)
+    first = Counter(names[0] for names in lists)
+    assert first == ({"Ann": 2, "Bob": 2, "Environment": 2} if protocol == "fixed" else {"Ann": 6}), lists
 
 
 # ---------------------------------------------------------------- what the judge sees

@@ -219,6 +219,22 @@ def test_units_run_side_by_side_and_come_back_in_order(serve, tmp_path) -> None:
     assert server.most_at_once == 3, "the endpoint's limit holds whatever the units"
 
 
+def test_a_log_gets_a_line_now_and_then(serve, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("her_nemo.evaluation.endpoint.LINE_SECONDS", 0.0)
+    server = serve(lambda request, number: Reply("fine"))
+
+    async def work(models):
+        async def one(unit: int):
+            return await models["judge"].complete(ASK, draw=unit)
+
+        return await run_all(range(3), one, concurrency=1, title="coser", models=list(models.values()))
+
+    with_models({"judge": chat(server)}, tmp_path, work)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("coser: ")]
+    assert [line.split(",")[0] for line in lines] == [f"coser: {done} of 3 scenes" for done in (1, 2, 3)]
+    assert "about 0 minutes left, 12 tokens, 0 answers from the cache" in lines[-1]
+
+
 def test_an_error_stops_all(serve, tmp_path) -> None:
     server = serve(lambda request, number: Reply(status=401))
 

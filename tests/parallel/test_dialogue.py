@@ -23,13 +23,23 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("dialogue")
     texts = [message["content"] for start in starts() for message in start.messages]
     tokenizer = train_tokenizer([*texts, LINE, "user\nassistant\nsystem\n"] * 8, home / "tokenizer", 320)
-    model = tiny_model(home / "talker", tokenizer=tokenizer, num_hidden_layers=2, intermediate_size=96)
+    model = tiny_model(
+        home / "talker", tokenizer=tokenizer, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(4)  # as initialised, the model would hardly look at what it is asked
     model.save_pretrained(home / "talker")
     return home
+
+
+@pytest.fixture(scope="session")
+def whole(talker: Path) -> dict:
+    """What one process makes of the conversations."""
+    args = {"directory": str(talker), "turns": TURNS, "layouts": [{"name": "tp1"}]}
+    return run(1, f"{CHECKS}:layouts", args)[0]["tp1"]
 
 
 def rows_in_order(parts: list[list]) -> list:
@@ -40,11 +50,9 @@ def rows_in_order(parts: list[list]) -> list:
 
 
 @pytest.mark.parallel
-def test_layouts_agree_and_only_own_turns_are_trained(talker: Path) -> None:
-    one = run(1, f"{CHECKS}:layouts", {"directory": str(talker), "turns": TURNS, "layouts": [{"name": "tp1"}]})[0]
+def test_layouts_agree_and_only_own_turns_are_trained(talker: Path, whole: dict) -> None:
     others = [{"name": "dp2"}, {"name": "tp2", "tensor": 2, "sequence": True}, {"name": "pp2", "pipeline": 2}]
     two = run(2, f"{CHECKS}:layouts", {"directory": str(talker), "turns": TURNS, "layouts": others})
-    whole = one["tp1"]
     rows = rows_in_order(whole["replies"])
     assert len(rows) == whole["rows"] == STARTS * TURNS * GROUP
     assert {len(row) for row in rows} == {REPLY}
@@ -64,10 +72,8 @@ def test_layouts_agree_and_only_own_turns_are_trained(talker: Path) -> None:
 
 
 @pytest.mark.parallel
-def test_what_stands_in_the_prompts(talker: Path) -> None:
-    args = {"directory": str(talker), "turns": TURNS, "layouts": [{"name": "tp1"}]}
-    seen = run(1, f"{CHECKS}:layouts", args)[0]["tp1"]
-    prompts = seen["prompts"][0]
+def test_what_stands_in_the_prompts(whole: dict) -> None:
+    seen, prompts = whole, whole["prompts"][0]
     for row, prompt in enumerate(prompts):
         start, turn = row // (TURNS * GROUP), row // GROUP % TURNS
         assert f"Good day {start}." in prompt

@@ -58,6 +58,8 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
         ([*SERVED, "reward.kind=verdict"], "reward.kind", "there is no conversation"),
         ([*SERVED, "reward.kind=generative", "reward.generative.against=group"], "reward.generative.against",
          "answer a prompt of their own"),
+        ([*SERVED, "model.ppo.share_prompts=true"], "model.ppo.share_prompts", "prompts of their own"),
+        (["model.ppo.packing=true", "model.ppo.share_prompts=true"], "model.ppo.share_prompts", "packed rows"),
         ([*SERVED, f"{PREFIX}.simulator.max_tokens=4000"], f"{PREFIX}.simulator.max_tokens", "no room"),
     ],
 )  # fmt: skip
@@ -69,6 +71,19 @@ def test_what_is_wrong(overrides: list[str], key: str, words: str) -> None:
 def test_nemo_aligners_loop_has_no_conversations() -> None:
     given = config(*SERVED, "trainer.backend=nemo_aligner", "reward.kind=scalar")
     assert f"{PREFIX}" in {problem.key for problem in backend_checks.check(given)}
+
+
+def test_servers_on_the_trainers_gpus() -> None:
+    vllm = ["model.ppo.rollout_engine=vllm", "model.ppo.vllm.colocated=true", "trainer.accelerator=gpu"]
+    assert found(*vllm, "model.ppo.vllm.gpu_memory_utilization=0.4") == {}
+    problems = found(*vllm, "model.ppo.vllm.sync=nccl", "model.ppo.one_step_off=true")
+    assert set(problems) == {
+        "model.ppo.vllm.sync", "model.ppo.one_step_off", "model.ppo.vllm.gpu_memory_utilization"
+    }  # fmt: skip
+    assert "use 0.6 or less" in problems["model.ppo.vllm.gpu_memory_utilization"]
+    given = found("model.ppo.rollout_engine=vllm", "model.ppo.vllm.colocated=true", "trainer.accelerator=cpu",
+                  "model.ppo.vllm.servers=['http://a:8000']")  # fmt: skip
+    assert list(given) == ["model.ppo.vllm.colocated"]
 
 
 def test_groups_are_counted_by_turn() -> None:

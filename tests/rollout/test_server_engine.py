@@ -57,7 +57,7 @@ def engine_of(processes: list[ServerProcess], holder: dict, scratch: Path) -> Se
         ServerPool([process.url for process in processes]),
         FileTransport(scratch / "weights", piece_bytes=100_000),
         lambda rows: [tiny.log_probs(holder["model"], row).tolist() for row in rows],
-        probe_limit=1e-3, vocab_size=tiny.VOCAB, max_model_len=tiny.LENGTH, in_flight=8,
+        probe_limit=1e-3, vocab_size=tiny.VOCAB, max_model_len=tiny.LENGTH, in_flight=8, sleeps=True,
     )  # fmt: skip
 
 
@@ -129,6 +129,27 @@ class TestTwoServers:
         ]
         assert alone == together
         assert engine.generate(PROMPTS, sampling, seed=12).response_ids != together
+
+    def test_servers_sleep_when_told_and_wake_for_the_next_call(self, two) -> None:
+        """What sleeping frees is the GPU's; here the phases are proved, and that no weights are lost by them."""
+        engine, processes, holder = two
+
+        def sleeping() -> set[bool]:
+            return {VllmServer(process.url).get("/is_sleeping")["is_sleeping"] for process in processes}
+
+        sampling = Sampling(max_tokens=12, stop_ids=(tiny.EOS,))
+        before = engine.generate(PROMPTS, sampling, seed=21)
+        assert sleeping() == {False}
+        engine.rest()
+        engine.rest()
+        assert sleeping() == {True}
+        after = engine.generate(PROMPTS, sampling, seed=21)
+        assert sleeping() == {False}
+        assert (after.response_ids, after.weight_version) == (before.response_ids, before.weight_version)
+        engine.rest()
+        engine.update_weights(iter(tiny.tensors(holder["model"])), version=0)
+        assert sleeping() == {False}
+        assert {"timers/sleep", "timers/wake"} <= set(engine.tags())
 
     def test_new_weights_reach_every_tensor_the_tied_head_and_the_prefix_cache(self, two) -> None:
         engine, processes, holder = two

@@ -13,6 +13,7 @@ from her_nemo.data.miniature_files import WorldSizes, write_world
 from her_nemo.data.sources import read_jsonl
 from her_nemo.data.tokenise import Tokeniser
 from her_nemo.evaluation.oracle import PRINCIPLES, load_scenes, score_reply
+from her_nemo.evaluation.results import read_results
 from her_nemo.stages.evaluate import Task, make_tasks, part, scenes_of, summarise, write_results
 
 
@@ -63,6 +64,13 @@ def test_a_run_writes_figures_and_every_sample(her_nemo, model: Path, world: Pat
     assert figures["oracle_score"] == pytest.approx(sum(row["score"] for row in rows) / 18)
     assert set(figures["principles"]) == set(PRINCIPLES)
     assert figures["tokens_per_second"] > 0
+    results, scenes = read_results(tmp_path / "eval")
+    means = {metric.name: metric.interval for metric in results.metrics}
+    for key in ("oracle_score", "format_valid", "leak_rate", "repetition", "name_slips"):
+        assert means[key].mean == pytest.approx(figures[key]), key
+        assert means[key].low <= means[key].mean <= means[key].high
+    assert (results.scenes, results.runs, len(scenes), results.valid) == (9, 2, 18, True)
+    assert [scene.dialogue[-1].text for scene in scenes] == [row["reply"] for row in rows]
     assert figures["seconds"] > figures["seconds_generating"]
     for key in (
         "oracle_score_se",

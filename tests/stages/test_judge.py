@@ -146,7 +146,7 @@ def test_every_reply_carries_the_name_of_its_prompt(
         count = len(ids)
         return Rollout(ids, [said] * count, [[0.0] * len(said)] * count, 0, [True] * count)
 
-    _, replies = ppo.generate(cfg, SimpleNamespace(generate=answer), asked, tokeniser, 1)
+    _, replies = ppo.generate(cfg, SimpleNamespace(generate=answer), asked, tokeniser, 1, 2)
     # The second replica has the prompts 1, 3 and 5, which are all in the order cand_2.
     names = [asked[index].trace_id for index in (1, 1, 3, 3, 5, 5)]
     assert list(replies.trace_ids) == names

@@ -75,6 +75,9 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
             assert np.abs(np.array(curve(tmp_path / "dp2", tag)) - np.array(whole)).max() < 1e-3, tag
     assert abs(summary(tmp_path / "whole")["ratio_step0"] - 1.0) < 1e-5
     assert summary(tmp_path / "whole")["logprob_gap_max"] < 1e-4
+    kept = [json.loads(line) for line in (tmp_path / "whole/samples/step_00000002.jsonl").read_text().splitlines()]
+    assert [row["weight_version"] for row in kept] == [1] * 4
+    assert all(row["prompt"].endswith("<|im_start|>assistant\n") and np.isfinite(row["reward"]) for row in kept)
     written = tmp_path / "whole/samples/dialogues_step_00000001.jsonl"
     kept = [json.loads(line) for line in written.read_text().splitlines()]
     lines = {
@@ -89,11 +92,14 @@ def test_conversations_are_the_same_on_two_replicas_and_after_a_resume(
 
 
 @pytest.mark.slow
-def test_conversations_with_a_critic(place: Place, stage: Stage, tmp_path: Path) -> None:
-    stage("ppo", *overrides(place, tmp_path, **{"trainer.ppo.critic_warmup_steps": 1}))
-    assert len(curve(tmp_path, "critic/loss")) == 3
+def test_conversations_with_a_critic_in_packed_rows(place: Place, stage: Stage, tmp_path: Path) -> None:
+    """What rows that are not packed would give: tests/parallel/test_ppo_packing.py."""
+    changes = {"trainer.ppo.critic_warmup_steps": 1, "trainer.ppo.max_steps": 1, "model.ppo.packing": True}
+    stage("ppo", *overrides(place, tmp_path, **changes))
+    assert len(curve(tmp_path, "critic/loss")) == 2
     assert all(np.isfinite(curve(tmp_path, "critic/loss") + curve(tmp_path, "train_optim/loss")))
     assert abs(summary(tmp_path)["ratio_step0"] - 1.0) < 1e-5
+    assert summary(tmp_path)["logprob_gap_max"] < 1e-4
     assert np.isfinite(summary(tmp_path)["val_reward"])
 
 

@@ -33,26 +33,20 @@ function tell(text, bad = false) {
   setTimeout(() => line.remove(), bad ? 12000 : 7000);
 }
 
+const counted = (number, thing) => `${number} ${thing}${number === 1 ? "" : "s"}`;
+
 // ---------------------------------------------------------------- the server
 
 async function call(verb, body) {
   const headers = { "x-her-nemo-token": sessionStorage.getItem(TOKEN) ?? "" };
   if (body) headers["content-type"] = "application/json";
   const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) };
-  let response;
-  try {
-    response = await fetch(`/api/${verb}`, options);
-  } catch {
+  const response = await fetch(`/api/${verb}`, options).catch(() => {
     throw new Error("her-nemo does not answer: has it ended?");
-  }
+  });
   if (response.ok) return response;
-  let said = response.statusText;
-  try {
-    said = (await response.json()).error ?? said;
-  } catch {
-    // no JSON: the status says enough
-  }
-  const error = new Error(said);
+  const said = await response.json().catch(() => ({})); // no JSON: the status says enough
+  const error = new Error(said.error ?? response.statusText);
   error.status = response.status;
   throw error;
 }
@@ -93,7 +87,7 @@ async function reply(speaker, turn = null, choose = true, into = null) {
         place.replaceChildren(...item.pieces.map((piece, index) => drawPiece(piece, `coming:${index}`)));
         if (item.dropped && !place.dataset.told) {
           place.dataset.told = "yes";
-          tell(`The oldest ${item.dropped} exchanges did not fit: the model is not told of them.`);
+          tell(`The model is not told of the oldest ${counted(item.dropped, "exchange")}, for want of room.`);
         }
         stick();
       } else if (item.error) {
@@ -259,7 +253,7 @@ function drawComparison() {
     if (!said) return;
     comparing = null;
     draw();
-    tell(`Pair kept: ${said.pairs} in ${info.pairs}`);
+    tell(`Kept: ${counted(said.pairs, "pair")} in ${info.pairs}`);
     $("text").focus();
   };
   const neither = () => {
@@ -469,7 +463,7 @@ function wire() {
   $("export").onclick = async () => {
     const said = await change("export");
     if (!said) return;
-    tell(`${said.samples} ${said.samples === 1 ? "sample" : "samples"} in ${info.samples}`);
+    tell(`${counted(said.samples, "sample")} in ${info.samples}`);
     for (const item of said.left_out) tell(`Turn ${item.turn + 1} left out: ${item.reason}`, true);
   };
 }
