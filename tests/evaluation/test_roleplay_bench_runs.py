@@ -27,12 +27,14 @@ from roleplay_bench_script import (
 from scripted_endpoint import QUICK, Reply
 
 from her_nemo.config.evaluation import ChatModel, ChatSampling, JudgeModel
-from her_nemo.config.roleplay_bench import RoleplayBenchConfig
+from her_nemo.config.roleplay_bench import CompareConfig, RoleplayBenchConfig
 from her_nemo.evaluation.results import FailureKind, read_results, write_results
 from her_nemo.evaluation.roleplay_bench import run_bench
 from her_nemo.evaluation.roleplay_bench_score import (
     Category,
 )
+from her_nemo.planning.roleplay_bench_checks import comparison
+from her_nemo.stages import evaluate_roleplay_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -209,23 +211,18 @@ def test_from_the_command_line_to_the_page(serve, her_nemo, tmp_path: Path) -> N
         return scripted(request, number)
 
     server = serve(script)
-    seeds = write_seeds(tmp_path / "seeds.jsonl", SEED)
+    seeds = write_seeds(tmp_path / "en.jsonl", SEED)
+    one = config(server, tmp_path, seeds=seeds, turns=2, runs=1, out=str(tmp_path / "one"))
+    assert evaluate_roleplay_bench.run(one) == 0
     asked = [
         word
         for role in ("actor", "user", "judge")
         for word in (f"{role}.endpoint={server.url}", f"{role}.model=m")
     ]
-    for out in ("one", "two"):
-        done = her_nemo(
-            "evaluate",
-            "benchmark=roleplay_bench",
-            f"seeds={seeds}",
-            f"out={out}",
-            "turns=2",
-            "runs=1",
-            *asked,
-        )
-        assert done.returncode == 0, done.stderr
+    done = her_nemo(
+        "evaluate", "benchmark=roleplay_bench", f"seeds={seeds}", "out=two", "turns=2", "runs=1", *asked
+    )
+    assert done.returncode == 0, done.stderr
     results, scenes = read_results(tmp_path / "two")
     assert (len(scenes), results.scenes, results.valid) == (1, 1, True)
     # One turn of the character: Knowledge and Interaction are gone, so overall is 0.5 x 200 / 3 + 0.25 x 100 + 0.
@@ -236,9 +233,8 @@ def test_from_the_command_line_to_the_page(serve, her_nemo, tmp_path: Path) -> N
     assert "before" in done.stdout
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "after − before" in page
-    refused = her_nemo("evaluate", "compare", "one", "nowhere")
-    assert refused.returncode == 2
-    assert "nowhere: has no results.json" in refused.stderr
+    refused = CompareConfig(name="c", runs=["one", "nowhere"], out="page.html")
+    assert "nowhere: has no results.json" in [problem.message for problem in comparison(refused)]
 
 
 def test_what_is_missing_is_said_at_once(her_nemo, tmp_path: Path) -> None:
