@@ -5,7 +5,8 @@
 TRL (1.16) has no PPO with a critic any more; GRPO is what it offers well, so GRPO is compared, and our PPO with a
 critic is shown beside it for where its time goes. A step is one rollout and its updates, everything in it included:
 what is reported of the replies, too, of which we report more. Sides take turns, `--rounds` times; medians over all
-steps but the first of each turn, by the clock and by processor time, which other work on the machine hardly touches.
+steps but the first of each turn, by the clock and by processor time, which other work on the machine touches less;
+parts by processor time alone.
 
 Equal: model (random weights, read from one directory), prompts and their token ids (compared), replies of exactly
 `--tokens` tokens (minimum = maximum, the end token banned), sampling from the whole distribution at temperature 1, the
@@ -165,7 +166,7 @@ def algorithm(side: str, job: dict[str, Any]) -> list[str]:
 
 
 def our_side(side: str, job: dict[str, Any], out: Path) -> int:
-    """Run the stage as a user runs it, in this process, with clocks on what its own timers do not take apart."""
+    """Run the stage as a user runs it, in this process, with clocks of ours on its parts."""
     import torch
 
     from her_nemo import cli
@@ -179,14 +180,9 @@ def our_side(side: str, job: dict[str, Any], out: Path) -> int:
     if code:
         return code
     curves = series(run_dir / METRICS_FILE)
-    timers = {tag.removeprefix("timers/"): dict(points) for tag, points in curves.items() if "timers/" in tag}
     steps = [
-        {"step": end[0] - begin[0], "processor": end[1] - begin[1]}
-        | {name: timers[name][number] for name in ("generate", "score", "critic", "actor") if name in timers}
-        | parts
-        for number, (begin, end, parts) in enumerate(
-            zip(seen["begun"], seen["begun"][1:], seen["parts"], strict=False), start=1
-        )
+        {"step": end[0] - begin[0], "processor": end[1] - begin[1]} | parts
+        for begin, end, parts in zip(seen["begun"], seen["begun"][1:], seen["parts"], strict=False)
     ]
     packages = ("torch", "megatron-core", "transformers", "numpy")
     found = {
@@ -202,48 +198,51 @@ def our_side(side: str, job: dict[str, Any], out: Path) -> int:
 
 
 def measure(seen: dict[str, list[Any]]) -> None:
-    """Clocks on the forwards of `evaluate_policy`, the beginnings of rollouts (and the end of the last step), and a
-    record of each rollout's prompts and number of tokens."""
+    """Clocks on the beginnings of rollouts (and the end of the last step) and, in processor time, on a step's parts.
+    Prompts and numbers of tokens of each rollout are noted too."""
     from her_nemo.megatron import forward
     from her_nemo.rollout import experience
     from her_nemo.rollout.megatron_engine import MegatronEngine
+    from her_nemo.stages import ppo
     from her_nemo.training.run import Run
 
-    running: list[str] = []
-    evaluated, generated, saved = experience.evaluate_policy, MegatronEngine.generate, Run.save
+    generated, saved = MegatronEngine.generate, Run.save
+    busy: list[str] = []  # parts begun and not ended: the outermost counts, so the reward model's forwards are scoring
 
     def mark() -> None:
         seen["begun"].append((time.perf_counter(), time.process_time()))
 
-    @wraps(evaluated)
-    def evaluate_policy(*args: Any, **kwargs: Any) -> None:
-        seen["parts"].append({})
-        running.append("evaluate_policy")
-        evaluated(*args, **kwargs)
-        running.clear()
-
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            # log_probs and values call outputs: the outermost counts. The reward model is not asked in here.
-            if running != ["evaluate_policy"]:
-                return function(*args, **kwargs)
-            running.append(part)
-            begun = time.perf_counter()
+            part, begun = name(*args, **kwargs), time.process_time()
+            busy.append(part)
             result = function(*args, **kwargs)
-            seen["parts"][-1][part] = time.perf_counter() - begun
-            running.pop()
+            busy.pop()
+            if not busy:
+                here = seen["parts"][-1]
+                here[part] = here.get(part, 0.0) + time.process_time() - begun
             return result
 
         return run
 
+    def whose(model: Any, *_: Any, **how: Any) -> str:
+        return "values" if model.head == "scalar" else "policy" if how.get("with_entropy") else "reference"
+
     @wraps(generated)
     def generate(self: MegatronEngine, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        mark()
         rollout = generated(self, prompts, *args, **kwargs)
         seen["prompts"].append(prompts)
         seen["tokens"].append(rollout.response_tokens)
         return rollout
+
+    clocked = timed(lambda *_, **__: "generate", generate)
+
+    @wraps(generated)
+    def begin(self: MegatronEngine, *args: Any, **kwargs: Any) -> Any:
+        mark()
+        seen["parts"].append({})
+        return clocked(self, *args, **kwargs)
 
     @wraps(saved)
     def save(self: Run, step: int) -> None:
@@ -251,10 +250,10 @@ def measure(seen: dict[str, list[Any]]) -> None:
         saved(self, step)
 
     Run.save = save
-    experience.evaluate_policy = evaluate_policy
-    MegatronEngine.generate = generate
-    for part, name in (("policy", "outputs"), ("reference", "log_probs"), ("values", "values")):
-        setattr(forward, name, timed(part, getattr(forward, name)))
+    MegatronEngine.generate = begin
+    experience.score = timed(lambda *_, **__: "score", experience.score)
+    forward.outputs = timed(whose, forward.outputs)
+    ppo.update = timed(lambda learner, *_, **__: "actor" if learner.model.head == "lm" else "critic", ppo.update)
 
 
 # ---------------------------------------------------------------- turns, medians, tables
@@ -313,13 +312,13 @@ def check_equal(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> N
 
 
 def medians(job: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median seconds of a step and of its parts, over the steps after the first of each turn."""
+    """Medians over the steps after the first of each turn: seconds of a step, and processor seconds of its parts."""
     steps = [step for turn in turns for step in turn["steps"][1:]]
     whole, processor = (statistics.median(step[name] for step in steps) for name in ("step", "processor"))
     parts = {
         part: statistics.median(step[part] for step in steps) for part in PARTS if all(part in step for step in steps)
     }
-    left = [step["step"] - sum(value for name, value in step.items() if name in PARTS) for step in steps]
+    left = [step["processor"] - sum(value for name, value in step.items() if name in PARTS) for step in steps]
     # TRL's loop has no place for a clock around its updates alone: what is left of its step is called that.
     parts["rest" if "actor" in parts else "actor"] = statistics.median(left)
     found = {
@@ -328,7 +327,7 @@ def medians(job: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, A
         "step_seconds": whole,
         "step_processor_seconds": processor,
         "steps_measured": [round(step["step"], 3) for step in steps],
-        "parts_seconds": parts,
+        "parts_processor_seconds": parts,
         "prompt_tokens": [sum(map(len, prompts)) for prompts in turns[0]["prompts"]],
     }
     kept = ("versions", "dtype", "reference_dtype", "attention", "logprob_gap_max")
@@ -343,9 +342,9 @@ def show(found: dict[str, Any]) -> None:
         f"{job['threads']} thread{'s' * (job['threads'] > 1)}"
     )
     width = max(map(len, LABELS.values()))
-    print(f"\n{'seconds':{width}}" + "".join(f"  {side:>22}" for side in sides))
+    print(f"\n{'processor seconds':{width}}" + "".join(f"  {side:>22}" for side in sides))
     for part, label in LABELS.items():
-        cells = [figure["parts_seconds"].get(part) for figure in sides.values()]
+        cells = [figure["parts_processor_seconds"].get(part) for figure in sides.values()]
         if any(cell is not None for cell in cells):
             print(f"{label:{width}}" + "".join(f"  {'' if c is None else f'{c:.2f}':>22}" for c in cells))
     for label, key, style in (

@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class Clock:
-    """Seconds of each part of each step, and what was generated."""
+    """Processor seconds of each part of each step, and what was generated."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[float, float]] = []  # by the clock and by processor time
@@ -35,16 +35,16 @@ class Clock:
         self.tokens: list[int] = []
 
     def timed(self, name: str | Callable[..., str | None], function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its seconds added to the part `name` (or to what `name` makes of the arguments) of this step."""
+        """`function`, its processor seconds added to the part `name` (or what `name` makes of the arguments)."""
 
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             part = name if isinstance(name, str) else name(*args)
-            begun = time.perf_counter()
+            begun = time.process_time()
             result = function(*args, **kwargs)
             if part is not None:
                 here = self.parts[-1]
-                here[part] = here.get(part, 0.0) + time.perf_counter() - begun
+                here[part] = here.get(part, 0.0) + time.process_time() - begun
             return result
 
         return run

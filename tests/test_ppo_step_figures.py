@@ -30,7 +30,7 @@ JOB = {"samples": 8, "tokens": 5, "steps": 3, "threads": 1}
 
 
 def turn(steps: list[float], **changes: object) -> dict:
-    parts = [{"step": s, "processor": s / 2, "generate": s / 4, "actor": s / 2} for s in steps]
+    parts = [{"step": s, "processor": s / 2, "generate": s / 8, "actor": s / 4} for s in steps]
     return {"steps": parts, "tokens": [40, 40, 40], "prompts": [[[1, 2], [3]]] * 3, "threads": 1} | changes
 
 
@@ -39,14 +39,14 @@ def test_medians_leave_out_the_first_step_of_each_turn(ppo_step: ModuleType) -> 
     assert found["step_seconds"] == 4.0
     assert found["samples_per_second"] == 2.0
     assert found["samples_per_processor_second"] == 4.0
-    assert found["parts_seconds"] == {"generate": 1.0, "actor": 2.0, "rest": 1.0}
+    assert found["parts_processor_seconds"] == {"generate": 0.5, "actor": 1.0, "rest": 0.5}
     assert found["prompt_tokens"] == [3, 3, 3]
 
 
 def test_what_is_left_of_trls_step_counts_as_its_updates(ppo_step: ModuleType) -> None:
     parts = [{"step": 10.0, "processor": 9.0, "generate": 3.0, "policy": 1.0}] * 3
     found = ppo_step.medians(JOB, [turn([]) | {"steps": parts}])
-    assert found["parts_seconds"] == {"generate": 3.0, "policy": 1.0, "actor": 6.0}
+    assert found["parts_processor_seconds"] == {"generate": 3.0, "policy": 1.0, "actor": 5.0}
 
 
 @pytest.mark.parametrize(
