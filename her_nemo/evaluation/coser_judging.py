@@ -54,6 +54,7 @@ async def _judgement(
         attempts=bench.attempts,
         schema=(name, judge_schema(dimension)) if bench.structured_output == "json_schema" else None,
         json_object=bench.structured_output == "json_object",
+        whole=True,
     )
     if isinstance(found, Failure):
         return Judgement(dimension, failure=found)

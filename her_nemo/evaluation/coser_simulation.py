@@ -155,7 +155,7 @@ async def _speak(
     done.truncated += answer.finish_reason == "length"
     dialect = Dialect.HER if environment else play.layout.dialect
     done.lines.append(Line(speaker, text, "environment" if environment else "actor", dialect.value))
-    done.actor_messages += not environment
+    done.actor_messages += not environment and bool(text)  # an empty one earns no credit
     heard.turns.append(Utterance(speaker, text if dialect is Dialect.HER else to_her(text, dialect)))
     return None
 
@@ -330,6 +330,7 @@ def _closed(messages: Sequence[Message], instruction: str) -> list[Message]:
 
 def clean(text: str) -> str:
     """Without the signs that end a message at the server."""
-    for token in CONTROL_TOKENS:
-        text = text.replace(token, "")
+    while any(token in text for token in CONTROL_TOKENS):  # taking one out may make another
+        for token in CONTROL_TOKENS:
+            text = text.replace(token, "")
     return text.strip()

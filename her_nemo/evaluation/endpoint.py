@@ -42,6 +42,9 @@ _MEBIBYTE = 2**20
 _WHOLE_FILE = 64 * _MEBIBYTE
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
 # Asked of answers that are not what was asked for, to tell a refusal from a slip of form.
+# Of the files of a model's directory: those that its answers depend on.
+_SHAPING = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".txt", ".model")
+_WORD = re.compile(r"\w")
 _REFUSAL = re.compile(
     r"\s*(?:i['’]?m (?:very |so )?sorry\b|sorry,|i apologi[sz]e|i (?:can['’]?t|cannot|can not|won['’]?t|am unable to|"
     r"am not able to)\b|as an ai\b|(?:很)?抱歉|对不起|我(?:无法|不能))",
@@ -142,11 +145,13 @@ class RoleModel:
         attempts: int = 1,
         schema: tuple[str, Mapping[str, Any]] | None = None,
         json_object: bool = False,
+        whole: bool = False,
     ) -> tuple[Answer, str] | Failure:
         """(the answer as `parse` reads it, its text). A bad answer is asked for again, `attempts` times in all.
 
         `parse` raises BadAnswer. The attempts of draw d are the draws d x attempts and those that follow. Where the
-        sampling is greedy they are drawn at RETRY_TEMPERATURE: the same words would come again otherwise.
+        sampling is greedy they are drawn at RETRY_TEMPERATURE: the same words would come again otherwise. With `whole`
+        an answer that was cut off is a bad one, whatever can be read in it, unless all of it is a JSON object.
         """
         failure = Failure(FailureKind.UNPARSABLE, "nothing was asked", self.role)
         for attempt in range(attempts):
@@ -164,6 +169,8 @@ class RoleModel:
                     return failure  # the endpoint's own retries are spent
                 continue
             try:
+                if whole and given.finish_reason == "length" and _object(given.text) is None:
+                    raise BadAnswer("the answer has no end")
                 return parse(given.text), given.text
             except BadAnswer as problem:
                 failure = self._bad(given, problem)
@@ -179,30 +186,43 @@ class RoleModel:
 
 
 def json_object_in(text: str) -> dict[str, Any]:
-    """The JSON object that an answer holds: the whole of it, in a fence, or the last complete one after other words.
+    """The JSON object that an answer holds: the whole of it, in its last fence, or at one end of other words.
+
+    Strict, since a draft taken for the verdict would be a score: the last object counts, every brace has to belong to
+    a whole object, and outside a fence words may stand before or behind it, not on both sides.
 
     Raises:
-        BadAnswer: if there is none.
+        BadAnswer: if there is none, or it cannot be told from a draft.
     """
-    fenced = [found.group(1) for found in _FENCED.finditer(text)]
-    for candidate in (text, *reversed(fenced)):
-        # Guided decoding lets raw control characters into strings; JSON does not, Python may.
-        with contextlib.suppress(ValueError, RecursionError):
-            body = json.loads(candidate.strip(), strict=False)
-            if isinstance(body, dict):
-                return body
+    if (body := _object(text)) is not None:
+        return body
+    fences = list(_FENCED.finditer(text))
+    if fences and "{" not in text[fences[-1].end() :] and (body := _object(fences[-1].group(1))) is not None:
+        return body
     decoder = json.JSONDecoder(strict=False)
     found: dict[str, Any] | None = None
-    end = 0
-    for start in (match.start() for match in re.finditer(r"\{", text)):
-        if start < end:
-            continue  # inside an object that was read already
-        with contextlib.suppress(ValueError, RecursionError):
-            body, end = decoder.raw_decode(text, start)
-            found = body
+    begin = end = 0
+    while (start := text.find("{", end)) >= 0:
+        try:
+            found, stop = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            raise BadAnswer("no JSON object in it" if found is None else "a broken JSON object in it") from None
+        begin, end = start, stop
     if found is None:
         raise BadAnswer("no JSON object in it")
+    if _WORD.search(text[:begin]) and _WORD.search(text[end:]):
+        raise BadAnswer("words on both sides of its JSON object, which may be a draft")
     return found
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The whole text as a JSON object."""
+    # Guided decoding lets raw control characters into strings; JSON does not, Python may.
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(text.strip(), strict=False)
+        if isinstance(body, dict):
+            return body
+    return None
 
 
 # ---------------------------------------------------------------- opening
@@ -264,7 +284,7 @@ async def _identity(endpoint: Endpoint, model: str) -> dict[str, str]:
     """What the endpoint says of the model; with a directory on this machine, what lies in it."""
     identity = await endpoint.identity(model)
     root = Path(identity.get("root", ""))
-    if identity.get("root") and (root / "config.json").is_file():
+    if identity.get("root") and any((root / name).is_file() for name in ("config.json", "adapter_config.json")):
         identity["fingerprint"] = fingerprint(root)
     return identity
 
@@ -276,7 +296,7 @@ def fingerprint(directory: str | Path) -> str:
     """
     whole = hashlib.sha256()
     for file in sorted(Path(directory).iterdir()):
-        if not file.is_file() or file.suffix not in (".json", ".jinja", ".safetensors", ".txt", ".model"):
+        if not file.is_file() or file.suffix not in _SHAPING:
             continue
         if file.name == "proof.json":
             continue  # says when the export was proved, not what it is

@@ -6,6 +6,7 @@ Written as results of a benchmark whose scenes are pairs, two reward models can 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def outcomes_of(
         trace = row["trace_id"]
         pair_id = f"{trace}#{seen[trace]}" if seen[trace] else trace
         seen[trace] += 1
-        lost = not isinstance(score, tuple)
+        lost = not isinstance(score, tuple) or not all(map(math.isfinite, score))
         found.append(
             PairOutcome(
                 pair_id,
@@ -66,7 +67,7 @@ def outcomes_of(
                 len(words(row["rejected"])),
                 dimensions=_dimensions(row, cfg.dimension_key),
                 margin=None if lost else score[0] - score[1],
-                failure=score.reason if lost else "",
+                failure="" if not lost else "not_finite" if isinstance(score, tuple) else score.reason,
             )
         )
     return found

@@ -153,6 +153,7 @@ class Bench:
             attempts=cfg.judge.attempts,
             schema=verdict_schema(category, judged) if cfg.judge.structured_output == "json_schema" else None,
             json_object=cfg.judge.structured_output == "json_object",
+            whole=True,
         )
         part = f"turns {chunk[0]}-{chunk[-1]}"
         if isinstance(found, Failure):
@@ -167,7 +168,10 @@ class Bench:
         self, scene: Scene, seed: Seed, verdicts: Sequence[tuple[Judgement, JudgedChunk | None]]
     ) -> Scene:
         """With scores, the vitals of the actor's turns, and how many quotes could be found."""
-        chunks = [verdict for _, verdict in verdicts if verdict is not None]
+        # A category with a verdict that failed has no score: the chunks that remain would speak for those that were too
+        # long or too bad to be judged.
+        lost = {judgement.dimension for judgement, verdict in verdicts if verdict is None}
+        chunks = [chunk for _, chunk in verdicts if chunk is not None and chunk.category.value not in lost]
         scores = {name: score for name, score in score_session(chunks).as_dict().items() if score is not None}
         scores |= {f"{name}_{seed.language}": score for name, score in scores.items()}
         flaws = [flaw for chunk in chunks for flaw in chunk.flaws]
@@ -311,6 +315,9 @@ def summarise(cfg: RoleplayBenchConfig, scenes: Sequence[Scene], prompts: Prompt
             "context_turns": cfg.context_turns,
             "actor_form": cfg.actor_form,
             "actor_history": cfg.actor_history,
+            "user_attempts": cfg.user_attempts,
+            "judge_attempts": cfg.judge.attempts,
+            "structured_output": cfg.judge.structured_output,
             "sampling": {
                 role: getattr(cfg, role).sampling.model_dump() for role in ("actor", "user", "judge")
             },

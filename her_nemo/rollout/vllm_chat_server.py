@@ -113,13 +113,20 @@ class ChatServer(ServerProcess):
                 if (end := self.ended()) is not None:
                     raise UserError(f"the vLLM server of {self.options.model} {end}")
                 with contextlib.suppress(httpx.TransportError):  # not listening yet
-                    if client.get(f"{self.url}/health").is_success:
+                    if client.get(f"{self.url}/health").is_success and self._is_mine(client):
                         return
                 if waiting is not None:
                     waiting(gone)
                 time.sleep(POLL_SECONDS)
         model = self.options.model
         raise UserError(f"the vLLM server of {model} is not up after {seconds:g} s; its log is {self.log}")
+
+    def _is_mine(self, client: httpx.Client) -> bool:
+        """Whether the server at this port serves the model: another program may have taken the port first."""
+        roots = [entry.get("root") for entry in client.get(f"{self.endpoint}/models").json()["data"]]
+        if str(self.options.model) in roots:
+            return True
+        raise UserError(f"another server, of {roots}, has taken port {self.port}; start again")
 
 
 @contextlib.contextmanager

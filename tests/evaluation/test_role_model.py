@@ -193,6 +193,14 @@ def test_a_checkpoint_that_changed_is_another_model(serve, tmp_path) -> None:
     assert ask(server, tmp_path)[0][0].text == "1"
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.safetensors", "model.gguf", "config.json"])
+def test_a_changed_file_is_another_model(tmp_path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    before = fingerprint(tmp_path)
+    (tmp_path / name).write_bytes(b"{} ")
+    assert fingerprint(tmp_path) != before
+
+
 def test_large_files_count_by_their_ends(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("her_nemo.evaluation.endpoint._WHOLE_FILE", 16)
     weights = tmp_path / "model.safetensors"
@@ -251,14 +259,43 @@ def test_an_error_stops_all(serve, tmp_path) -> None:
     [
         ('{"a": 1}', {"a": 1}),
         ('Here:\n```json\n{"a": {"b": 2}}\n```\nDone.', {"a": {"b": 2}}),
-        ('First {"a": 1}, no: {"a": {"b": 3}} it is.', {"a": {"b": 3}}),
+        ('First {"a": 1}, no: {"a": {"b": 3}}.', {"a": {"b": 3}}),
+        ('{"a": 1} is what I say.', {"a": 1}),
         ('{"a": "line\nbreak"}', {"a": "line\nbreak"}),
-        ('{broken {"a": 1}', {"a": 1}),
     ],
 )
 def test_the_object_in_an_answer(text, found) -> None:
     assert json_object_in(text) == found
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('Rule 6 says {"flaws": []} where nothing is wrong. Turn 1 is garbled, and', "both sides"),
+        ('A draft: {"flaws": []}. My answer: {"flaws": [{"kind": "garbled_text", "turns": [1', "broken"),
+        ('{"flaws": []} no, {flaws: [{"kind": "stagnation"}]}', "broken"),
+        ('```json\n{"flaws": []}\n```\nbut then {"flaws": [{"kind"', "broken"),
+        ('{"Worlds": {"flaws": []}', "no JSON object"),
+        ('{broken {"a": 1}', "no JSON object"),
+    ],
+)
+def test_a_draft_is_no_answer(text: str, problem: str) -> None:
+    with pytest.raises(BadAnswer, match=problem):
+        json_object_in(text)
+
+
+def test_an_answer_without_an_end_is_none(serve, tmp_path) -> None:
+    """Cut off at max_tokens: a number could be read in it, but what was to come is not known."""
+    server = serve(lambda request, number: Reply('It is {"n": 1}', finish_reason="length"))
+
+    async def work(models):
+        return [await models["judge"].parsed(ASK, number_in, whole=whole) for whole in (True, False)]
+
+    cut, read = with_models({"judge": chat(server)}, tmp_path, work)
+    assert isinstance(cut, Failure)
+    assert cut.kind is FailureKind.TRUNCATED
+    assert read[0] == 1
 
 
 @pytest.mark.parametrize("text", ["", "no", "[1, 2]", '{"a": ', "```json\n[]\n```"])
