@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
         "--seed", type=int, default=0, help="seed of sampling and data order; the demo's, usually"
     )
     parser.add_argument("--steps", type=int, default=16, help="rollouts of 128 replies")
-    parser.add_argument("--verdict-tokens", type=int, default=272, help="longest verdict")
+    parser.add_argument("--verdict-tokens", type=int, default=176, help="longest verdict")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of her-nemo ppo")
     parser.add_argument("--out", type=Path, default=Path("runs/generative"))
     options = parser.parse_args()

@@ -26,7 +26,7 @@ from her_nemo.stages.judge import judged
 
 SFT = [
     "trainer.devices=2",
-    "model.encoder_seq_length=640",
+    "model.encoder_seq_length=576",
     "model.micro_batch_size=4",
     "model.global_batch_size=8",
     "model.optim.name=fused_adam",
@@ -35,14 +35,15 @@ SFT = [
     "model.optim.sched.name=CosineAnnealing",
     "model.optim.sched.warmup_steps=20",
     "model.optim.sched.min_lr=2e-4",
-    "trainer.sft.max_steps=600",
-    "trainer.sft.save_interval=600",
+    "trainer.sft.max_epochs=2",
+    "trainer.sft.max_steps=1200",
+    "trainer.sft.save_interval=1200",
 ]
 RL = [
     "algorithm=grpo",
     "reward.kind=verdict",
     "trainer.devices=2",
-    "model.encoder_seq_length=640",
+    "model.encoder_seq_length=576",
     "model.micro_batch_size=16",
     "model.global_batch_size=64",
     "model.optim.name=fused_adam",
@@ -52,12 +53,12 @@ RL = [
     "model.ppo.share_prompts=true",
     "model.ppo.rollout_micro_batch_size=64",
     "model.ppo.forward_micro_batch_size=16",
-    "model.ppo.length_params.max_length=272",
+    "model.ppo.length_params.max_length=176",
     "trainer.ppo.initial_policy_kl_penalty=0.01",
     "trainer.ppo.max_steps=16",
     "trainer.ppo.save_interval=16",
 ]
-JUDGE = ["dtype=float32", "sampling.max_tokens=272"]
+JUDGE = ["dtype=float32", "sampling.max_tokens=176"]
 
 
 def main() -> int:

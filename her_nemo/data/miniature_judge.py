@@ -23,7 +23,6 @@ from her_nemo.data.miniature import STANCES, Scene, Split, make_splits, sample_s
 from her_nemo.data.miniature_files import LABEL_NOISE, TWIN_SHARE
 from her_nemo.data.miniature_flaws import Flaw, flawed_reply, sample_flaws
 from her_nemo.data.miniature_text import ACTIONS, PLAN, prompt_messages, words_of
-from her_nemo.roleplay.judging import NOTHING as NOTHING_SHOWN
 from her_nemo.roleplay.judging import candidate, context_of
 from her_nemo.roleplay.principles import Dimension, Level
 from her_nemo.roleplay.verdict import ChosenPrinciple, Comparison, Verdict, Winner, write_verdict
@@ -219,23 +218,19 @@ def transcript(pair: MadePair, order: Winner) -> str:
     """Reasoning and verdict, the better reply standing where `order` says. What a flipped pair's label says of its
     replies is not asked: the verdict is the right one.
 
-    Each reply is written out before its criteria: what a small model has just said it can hold against the rule, where
-    it would mix up two replies that it has to look up. The first two criteria quote what the reply shows.
+    The first two criteria quote what either reply shows before they say what it lost.
     """
-    sides = [(pair.judged.better, pair.better_lost), (pair.judged.worse, pair.worse_lost)]
+    lost_by = (pair.better_lost, pair.worse_lost)
+    shown = [shown_stances(pair.scene, reply) for reply in (pair.judged.better, pair.judged.worse)]
     if order is Winner.CAND_2:
-        sides.reverse()
+        lost_by, shown = lost_by[::-1], shown[::-1]
     words = words_of(pair.scene)
     lines = [PLAN.format(**words)]
-    for place, (reply, losses) in zip(ORDERS, sides, strict=True):
-        quotes = dict(zip(CRITERIA, shown_stances(pair.scene, reply), strict=False))
-        lines.append(f"\n==={place}===\n{reply or NOTHING_SHOWN}")
-        for flaw, criterion in CRITERIA.items():
-            quote = [quotes[flaw]] if flaw in quotes else []
-            lines.append(" ".join([criterion.name, *quote, LOST if flaw in losses else KEPT]))
     principles, comparisons = [], []
-    for flaw, criterion in CRITERIA.items():
-        lost = [flaw in losses for _, losses in sides]
+    for place, (flaw, criterion) in enumerate(CRITERIA.items()):
+        lost = [flaw in losses for losses in lost_by]
+        quoted = [stances[place] for stances in shown] if place < 2 else []
+        lines.append(" ".join([criterion.name, *quoted, *(LOST if is_lost else KEPT for is_lost in lost)]))
         if any(lost):
             principles.append(_principle(criterion, words, lost))
             comparisons.append(Comparison(criterion.name, _winner(lost)))
@@ -243,7 +238,7 @@ def transcript(pair: MadePair, order: Winner) -> str:
         first = next(iter(CRITERIA.values()))
         principles.append(_principle(first, words, [False, False]))
         comparisons.append(Comparison(first.name, Winner.TIE))
-    count = [len(losses) for _, losses in sides]
+    count = [len(losses) for losses in lost_by]
     better = ORDERS[count[1] < count[0]] if count[0] != count[1] else Winner.TIE
     analysis = "so" if better is Winner.TIE else f"{better.swapped.value} lost more"
     return write_verdict(Verdict(tuple(principles), tuple(comparisons), analysis, better), "\n".join(lines))
@@ -262,9 +257,7 @@ def _principle(criterion: Criterion, words: dict[str, str], lost: list[bool]) ->
 
 
 def judge_vocabulary() -> list[str]:
-    """Pieces of verdicts, and the tags, that get a token each: a real Qwen3 has few for them, the demo's tokenizer
-    never saw JSON."""
-    tags = [f"{mark}role_{kind}>" for mark in (" <", "</") for kind in ("thinking", "action")]
+    """Pieces of verdicts that get a token each: a real Qwen3 has few for them, the demo's tokenizer never saw JSON."""
     dimensions = dict.fromkeys(criterion.dimension for criterion in CRITERIA.values())
     names = [criterion.name for criterion in CRITERIA.values()]
     scaffold = [
@@ -279,4 +272,4 @@ def judge_vocabulary() -> list[str]:
         '"}',
         *(f'","dimension":"{dimension}","level":"{Level.SENTENCE}","content":"' for dimension in dimensions),
     ]
-    return [*scaffold, *map(str, Winner), *names, *(f"\n{name}" for name in names), *tags]
+    return [*scaffold, *map(str, Winner), *names, *(f"\n{name}" for name in names)]

@@ -129,7 +129,7 @@ def test_the_files_are_balanced_and_made_of_their_own_split(tmp_path: Path) -> N
         assert name in test.names
 
 
-def test_a_verdict_is_short_in_the_judges_tokenizer(tmp_path: Path) -> None:
+def test_a_verdict_is_short_in_the_judges_tokenizer_and_nothing_else_changes(tmp_path: Path) -> None:
     from her_nemo.data.miniature_files import WorldSizes, write_world
     from her_nemo.data.tokenise import Tokeniser
     from her_nemo.data.tokenizer import extend_tokenizer
@@ -140,10 +140,10 @@ def test_a_verdict_is_short_in_the_judges_tokenizer(tmp_path: Path) -> None:
     plain, judge = Tokeniser(tmp_path / "tokenizer"), Tokeniser(tmp_path / "judge_tokenizer")
     assert judge.vocab_size == plain.vocab_size + len(judge_vocabulary()) <= sizes.vocab_size
     for row in read(tmp_path / "sft_val.jsonl"):
-        reply = row["messages"][-1]["content"]
-        untagged = reply.replace("role_", "")
-        assert judge.reply_ids(untagged) == plain.reply_ids(untagged)  # what has no tags is as it was
-        assert judge.decode(judge.reply_ids(reply)) == plain.decode(plain.reply_ids(reply)) == reply
+        assert judge.prompt_ids(row["messages"][:-1]) == plain.prompt_ids(row["messages"][:-1])
+        assert judge.reply_ids(row["messages"][-1]["content"]) == plain.reply_ids(
+            row["messages"][-1]["content"]
+        )
     lengths = []
     for pair in made():
         for row in transcripts(pair):
@@ -153,6 +153,6 @@ def test_a_verdict_is_short_in_the_judges_tokenizer(tmp_path: Path) -> None:
             lengths.append(len(ids))
             prompt = row["messages"][:-1]
             assert judge.joined_prompt_ids(prompt).tolist() == judge.prompt_ids(prompt)
-    assert sum(lengths) / len(lengths) < 190
-    assert max(lengths) < 272
+    assert sum(lengths) / len(lengths) < 120
+    assert max(lengths) < 176
     assert len(plain.reply_ids(text)) > 1.5 * len(ids)  # without the entries of its own
