@@ -26,7 +26,7 @@ from her_nemo.rollout.megatron_engine import MegatronEngine
 from her_nemo.rollout.simulator import Ask
 from her_nemo.training.learner import Learner
 
-REPLY, ROOM, STARTS, GROUP = 6, 200, 4, 6
+REPLY, ROOM, STARTS, GROUP = 6, 400, 4, 6
 LINE = "Now you now you now you."
 SYSTEM = RolePrompt(
     name="Ada", book="Salt", profile="Ada acts calm.", others=(("Bo", "A cousin."),), inner_thoughts="I hide a ring.",

@@ -15,7 +15,7 @@ from her_nemo.roleplay.judging import candidate, context_of, judge_messages
 from her_nemo.roleplay.principles import Dimension, Level
 from her_nemo.roleplay.verdict import ChosenPrinciple, Comparison, Verdict, Winner, write_verdict
 
-STEPS, BATCH = 160, 4
+STEPS, BATCH = 320, 4
 
 
 def verdict_text(winner: Winner) -> str:
@@ -25,14 +25,17 @@ def verdict_text(winner: Winner) -> str:
 
 
 def rows(world: Path, count: int, seed: int) -> list[list[dict[str, str]]]:
-    """Questions about replies of the world, of one or a few words, or of noise."""
+    """Questions about replies of the world, of one or a few words, or of any tokens, as an untrained policy writes."""
     draw = random.Random(seed)
+    tokeniser = Tokeniser(world / "tokenizer")
     lines = [json.loads(line) for line in (world / "sft_train.jsonl").read_text().splitlines()]
     found = []
     for _ in range(count):
         *prompt, reply = draw.choice(lines)["messages"]
         words = reply["content"].split()
-        shown = [reply["content"], " ".join(draw.choices(words, k=draw.randint(1, 12))), draw.choice(words)]
+        said = [reply["content"], " ".join(draw.choices(words, k=draw.randint(1, 12))), draw.choice(words)]
+        noise = [tokeniser.decode(draw.choices(range(len(tokeniser.hf)), k=draw.randint(1, 24))) for _ in range(2)]
+        shown = noise if draw.random() < 0.5 else [*said, noise[0]]
         first, second = (candidate(text) for text in draw.sample(shown, 2))
         found.append(judge_messages(context_of(prompt), first, second, brief=True))
     return found

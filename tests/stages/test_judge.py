@@ -161,9 +161,9 @@ def test_every_reply_carries_the_name_of_its_prompt(
 
 
 @pytest.mark.vllm
-def test_a_judges_figures(place: Place, stage: Stage, prompts: Path, tmp_path: Path) -> None:
+def test_a_judges_figures(wide: Place, stage: Stage, prompts: Path, tmp_path: Path) -> None:
     stage(
-        "judge", f"model={place.model}", f"prompts={prompts}", f"out={tmp_path}", "sampling.max_tokens=24",
+        "judge", f"model={wide.model}", f"prompts={prompts}", f"out={tmp_path}", "sampling.max_tokens=24",
         "num_prompts=9",
     )  # fmt: skip
     figures = json.loads((tmp_path / "eval.json").read_text())

@@ -84,7 +84,7 @@ def test_verdicts_with_and_without_the_schema(place: Place, url: str, model: Pat
     parallel.initialize()
     try:
         for structured in (True, False):
-            keys = JudgeSource(servers=[url], model="grm", max_tokens=160, structured_output=structured)
+            keys = JudgeSource(servers=[url], model="grm", max_tokens=200, structured_output=structured)
             judge = ServerJudge(keys)
             assert judge.identity["judge"] == {"model": "grm", "served": [str(model)]}
             answers = judge.ask(rows(place.world, 6, seed=2))
@@ -97,7 +97,7 @@ def test_a_run_is_judged(place: Place, url: str, stage: Callable[..., None], tmp
     given = {
         "algorithm": "her", "model.ppo.num_samples_per_prompt": 4, "reward.kind": "mix", "reward.mix.scalar": 0.0,
         "reward.mix.generative": 1.0, f"{JUDGE}.servers": f"['{url}']", f"{JUDGE}.model": "grm", f"{JUDGE}.brief": True,
-        f"{JUDGE}.max_tokens": 160, "trainer.ppo.max_steps": 2,
+        f"{JUDGE}.max_tokens": 200, "trainer.ppo.max_steps": 2,
     }  # fmt: skip
     stage("ppo", *overrides(place, tmp_path, **given), "trainer.devices=2")
     assert curve(tmp_path, "reward/generative_unparsed") == [0.0, 0.0]
