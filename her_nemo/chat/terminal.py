@@ -202,8 +202,6 @@ class Terminal:
                     async for progress in pieces:
                         so_far = pieces_so_far(speaker, progress.text)
                         show(streaming_view(self.session, speaker, so_far, self.unfolded, self._room()))
-                        if (task := asyncio.current_task()) is not None and task.cancelling():
-                            return  # Ctrl-C, where a library below took its exception for its own
                 except asyncio.CancelledError:
                     return  # Ctrl-C: what has come is kept
 

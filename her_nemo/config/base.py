@@ -21,3 +21,8 @@ def knob(default: Any, description: str, **limits: Any) -> Any:
 def required(description: str, **limits: Any) -> Any:
     """A key without a default: the user has to give it."""
     return Field(description=description, **limits)
+
+
+def changed(section: Section) -> set[str]:
+    """Keys of a section that are not at their defaults."""
+    return {name for name, info in type(section).model_fields.items() if getattr(section, name) != info.default}

@@ -28,6 +28,7 @@ from her_nemo.config.evaluation import ChatModel, ChatSampling
 from her_nemo.data.synthesis.asker import Bill
 from her_nemo.data.synthesis.cache import AnswerCache, cache_key
 from her_nemo.data.synthesis.endpoint import Completion, Endpoint, EndpointFailure
+from her_nemo.data.synthesis.runner import work_through
 from her_nemo.evaluation.results import Failure, FailureKind
 from her_nemo.roleplay.prompt import Message
 
@@ -41,10 +42,10 @@ SHOWN_ANSWER = 4_000  # characters of a bad answer kept in a failure
 _MEBIBYTE = 2**20
 _WHOLE_FILE = 64 * _MEBIBYTE
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
-# Asked of answers that are not what was asked for, to tell a refusal from a slip of form.
 # Of the files of a model's directory: those that its answers depend on.
 _SHAPING = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".txt", ".model")
 _WORD = re.compile(r"\w")
+# Asked of answers that are not what was asked for, to tell a refusal from a slip of form.
 _REFUSAL = re.compile(
     r"\s*(?:i['’]?m (?:very |so )?sorry\b|sorry,|i apologi[sz]e|i (?:can['’]?t|cannot|can not|won['’]?t|am unable to|"
     r"am not able to)\b|as an ai\b|(?:很)?抱歉|对不起|我(?:无法|不能))",
@@ -330,33 +331,22 @@ async def run_all(
     An error of one unit (UserError, a bug) stops all of them and is raised; failed calls are values, not errors.
     """
     results: dict[int, Result] = {}
-    waiting = iter(enumerate(units))
     bar = tqdm(total=len(units), desc=title, unit="scene", disable=None, smoothing=0.1)
     told = begun = time.monotonic()
 
-    async def worker() -> None:
+    async def one(index: int) -> None:
         nonlocal told
-        for index, unit in waiting:
-            results[index] = await work(unit)
-            bar.set_postfix_str(_spent(models), refresh=False)
-            bar.update()
-            # A log file has no bar: a line a minute instead.
-            if bar.disable and (now := time.monotonic()) - told >= LINE_SECONDS:
-                told = now
-                line = _progress(len(results), len(units), now - begun)
-                print(f"{title}: {line}, {_spent(models)}", file=sys.stderr, flush=True)
+        results[index] = await work(units[index])
+        bar.set_postfix_str(_spent(models), refresh=False)
+        bar.update()
+        # A log file has no bar: a line a minute instead.
+        if bar.disable and (now := time.monotonic()) - told >= LINE_SECONDS:
+            told = now
+            line = _progress(len(results), len(units), now - begun)
+            print(f"{title}: {line}, {_spent(models)}", file=sys.stderr, flush=True)
 
-    tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(units)))]
-    try:
-        if tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        bar.close()
+    with bar:
+        await work_through(len(units), one, concurrency=concurrency)
     return [results[index] for index in range(len(units))]
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from her_nemo.config.architecture import Shape
 from her_nemo.config.chat import ChatConfig
 from her_nemo.config.errors import Problem
-from her_nemo.planning import data_checks
+from her_nemo.planning import data_checks, server_checks
 
 EVERYWHERE = ("0.0.0.0", "::", "")
 WEB_PACKAGES = ("starlette", "uvicorn")
@@ -68,10 +68,7 @@ def _server(config: ChatConfig, shape: Shape) -> Iterator[Problem]:
     if shape and not (Path(config.checkpoint or "") / "config.json").is_file():
         hint = "run her-nemo export on it first, and give the directory that export wrote"
         yield Problem("checkpoint", f"{config.checkpoint}: vLLM reads Hugging Face directories", hint=hint)
-    limit = config.max_model_len or shape.get("max_position_embeddings")
-    if limit is not None and config.sampling.max_tokens >= limit:
-        text = f"{config.sampling.max_tokens} leaves no room for a prompt in {limit} tokens"
-        yield Problem("sampling.max_tokens", text, hint="make it smaller")
+    yield from server_checks.room_for_a_prompt(config, shape)
     heads = shape.get("num_attention_heads")
     if heads is not None and heads % config.tensor_parallel_size:
         text = f"{config.tensor_parallel_size} does not divide the model's {heads} attention heads"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from her_nemo.config.base import Section
+from her_nemo.config.base import changed
 from her_nemo.config.errors import Problem
 from her_nemo.config.rl import Generative, JudgeSource
 from her_nemo.config.schema import PpoConfig
+from her_nemo.planning import server_checks
 
 KEY, JUDGE = "reward.generative", "reward.generative.judge"
 GROUP = "model.ppo.num_samples_per_prompt"
@@ -42,12 +42,10 @@ def _judge(judge: JudgeSource, environment: Mapping[str, str]) -> Iterator[Probl
         return
     if servers and judge.model is None:
         yield Problem(f"{JUDGE}.model", "has to be given with servers", hint="the name under which they list the judge")
-    for index, url in enumerate(servers):
-        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
-            text = f"entry {index}, {url!r}, is no address"
-            yield Problem(f"{JUDGE}.servers", text, hint="give a base URL such as http://HOST:8000/v1")
-    if len({url.rstrip("/") for url in servers}) < len(servers):
-        yield Problem(f"{JUDGE}.servers", "names a server twice", hint="name each once")
+    yield from server_checks.addresses(
+        f"{JUDGE}.servers", servers, r"https?://[^/\s]+(/\S*)?",
+        what="address", hint="give a base URL such as http://HOST:8000/v1",
+    )  # fmt: skip
     if judge.api_key_env is not None and not environment.get(judge.api_key_env):
         text = f"the environment variable {judge.api_key_env} is not set"
         yield Problem(f"{JUDGE}.api_key_env", text, hint="set it, or leave the key out")
@@ -75,8 +73,3 @@ def _opponents(config: PpoConfig, keys: Generative) -> Iterator[Problem]:
             yield Problem(f"{KEY}.against", text, hint=hint)
     elif keys.replies is not None and not Path(keys.replies).is_file():
         yield Problem(f"{KEY}.replies", f"{keys.replies}: no such file", hint="give a file of SFT rows that exists")
-
-
-def changed(section: Section) -> set[str]:
-    """Keys of a section that are not at their defaults."""
-    return {name for name, info in type(section).model_fields.items() if getattr(section, name) != info.default}

@@ -47,6 +47,7 @@ from her_nemo.planning import (
     precision_checks,
     roleplay_bench_checks,
     rollout_checks,
+    server_checks,
 )
 from her_nemo.roleplay.kinds import Kind
 
@@ -403,10 +404,7 @@ def _evaluation(config: EvaluateConfig | JudgeConfig) -> Iterator[Problem]:
     if isinstance(config, EvaluateConfig) and config.scenes is not None:
         yield from _file("scenes", config.scenes)
     yield from _target("out", config.out)
-    limit = config.max_model_len or shape.get("max_position_embeddings")
-    if limit is not None and config.sampling.max_tokens >= limit:
-        text = f"{config.sampling.max_tokens} leaves no room for a prompt in {limit} tokens"
-        yield Problem("sampling.max_tokens", text, hint="make it smaller")
+    yield from server_checks.room_for_a_prompt(config, shape)
     heads = shape.get("num_attention_heads")
     if heads is not None and heads % config.tensor_parallel_size:
         text = f"{config.tensor_parallel_size} does not divide the model's {heads} attention heads"

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from her_nemo.config.architecture import Shape
+from her_nemo.config.base import changed
 from her_nemo.config.errors import Problem
 from her_nemo.config.schema import PpoConfig
-from her_nemo.config.sections import Section
+from her_nemo.planning import server_checks
 
 MOST_COLOCATED = 0.6  # of a GPU's memory, for a server beside a trainer
 # Sizes of an attention head that vLLM's CPU kernels have.
@@ -32,7 +33,7 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
         if ppo.one_step_off:
             text = "the model that generates is the one that trains: it cannot do both at once"
             yield Problem("model.ppo.one_step_off", text, hint=hint)
-        for name in sorted(_changed(vllm)):
+        for name in sorted(changed(vllm)):
             yield Problem(f"{prefix}.{name}", "has no effect with model.ppo.rollout_engine=megatron", hint=hint)
         return
     if importlib.util.find_spec("vllm") is None and not (vllm.servers and vllm.sync == "files"):
@@ -41,15 +42,13 @@ def _rollout_engine(config: PpoConfig) -> Iterator[Problem]:
     if not vllm.servers and config.trainer.num_nodes > 1:
         hint = "start servers (python -m her_nemo.rollout.vllm_server DIR) and give their addresses"
         yield Problem(f"{prefix}.servers", "a run over several machines starts none itself", hint=hint)
-    for index, url in enumerate(vllm.servers):
-        if not re.fullmatch(r"https?://[^/\s]+(:\d+)?/?", url):
-            hint = "give http://HOST:PORT"
-            yield Problem(f"{prefix}.servers", f"entry {index}, {url!r}, is no address of a server", hint=hint)
-    if len({url.rstrip("/") for url in vllm.servers}) < len(vllm.servers):
-        yield Problem(f"{prefix}.servers", "names a server twice", hint="name each once")
+    yield from server_checks.addresses(
+        f"{prefix}.servers", vllm.servers, r"https?://[^/\s]+(:\d+)?/?",
+        what="address of a server", hint="give http://HOST:PORT",
+    )  # fmt: skip
     if vllm.servers:
         own = {"colocated", "num_servers", "tensor_parallel_size", "gpu_memory_utilization", "prefix_caching"}
-        for name in sorted(own & _changed(vllm)):
+        for name in sorted(own & changed(vllm)):
             text = "is for servers that the run starts, but model.ppo.vllm.servers are given"
             yield Problem(f"{prefix}.{name}", text, hint="leave one of the two out")
     if vllm.colocated:
@@ -77,11 +76,6 @@ def _colocated(config: PpoConfig) -> Iterator[Problem]:
         yield Problem(f"{prefix}.gpu_memory_utilization", text, hint=f"use {MOST_COLOCATED:g} or less")
 
 
-def _changed(section: Section) -> set[str]:
-    """Keys of a section that are not at their defaults."""
-    return {name for name, info in type(section).model_fields.items() if getattr(section, name) != info.default}
-
-
 def _vllm_on_cpu(config: PpoConfig, shape: Shape) -> Iterator[Problem]:
     """What the CPU build of vLLM cannot run, of servers that this run would start."""
     head = (shape).get("kv_channels")
@@ -97,8 +91,8 @@ def _dialogue(config: PpoConfig) -> Iterator[Problem]:
     ppo, dialogue, prefix = config.model.ppo, config.model.ppo.dialogue, "model.ppo.dialogue"
     simulator = dialogue.simulator
     if not dialogue.on:
-        for name in sorted(_changed(dialogue) - {"simulator"}) + sorted(
-            f"simulator.{name}" for name in _changed(simulator)
+        for name in sorted(changed(dialogue) - {"simulator"}) + sorted(
+            f"simulator.{name}" for name in changed(simulator)
         ):
             hint = f"set {prefix}.turns to 2 or more, or leave it out"
             yield Problem(f"{prefix}.{name}", f"has no effect with {prefix}.turns=1", hint=hint)
@@ -124,7 +118,7 @@ def _dialogue(config: PpoConfig) -> Iterator[Problem]:
         hint = f"give files with lines, or set {prefix}.simulator.kind=openai"
         yield Problem(f"{prefix}.scenes", "has to be given: a scripted simulator says its lines", hint=hint)
     served = {"servers", "model", "api_key_env", "temperature", "attempts", "concurrency", "timeout_seconds", "retries"}
-    for name in sorted(served & _changed(simulator)) if scripted else ():
+    for name in sorted(served & changed(simulator)) if scripted else ():
         hint = f"set {prefix}.simulator.kind=openai, or leave it out"
         yield Problem(f"{prefix}.simulator.{name}", f"has no effect with {prefix}.simulator.kind=script", hint=hint)
     for name in ("servers", "model") if not scripted else ():

@@ -45,20 +45,32 @@ async def run_units(
     An error that is not one unit's own (UserError, a bug) stops all of them and is raised.
     """
     outcomes: dict[int, Outcome[Result]] = {}
-    waiting = iter(enumerate(units))
     bar = tqdm(total=len(units), desc=title, unit="unit", disable=None)
 
-    async def worker() -> None:
-        for index, unit in waiting:
-            try:
-                result, trace = await unit.work()
-                outcomes[index] = Outcome(unit.name, result, tuple(trace))
-            except Quarantined as stopped:
-                outcomes[index] = Outcome(unit.name, None, stopped.trace, stopped.faults, stopped.answer)
-            bar.update()
-            bar.set_postfix_str(_spent(asker), refresh=False)
+    async def one(index: int) -> None:
+        unit = units[index]
+        try:
+            result, trace = await unit.work()
+            outcomes[index] = Outcome(unit.name, result, tuple(trace))
+        except Quarantined as stopped:
+            outcomes[index] = Outcome(unit.name, None, stopped.trace, stopped.faults, stopped.answer)
+        bar.update()
+        bar.set_postfix_str(_spent(asker), refresh=False)
 
-    tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(units)))]
+    with bar:
+        await work_through(len(units), one, concurrency=concurrency)
+    return [outcomes[index] for index in range(len(units))]
+
+
+async def work_through(count: int, work: Callable[[int], Awaitable[None]], *, concurrency: int) -> None:
+    """Does `work(0)` to `work(count - 1)`, at most `concurrency` at a time; an error stops all and is raised."""
+    waiting = iter(range(count))
+
+    async def worker() -> None:
+        for index in waiting:
+            await work(index)
+
+    tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, count))]
     try:
         if tasks:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -68,8 +80,6 @@ async def run_units(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        bar.close()
-    return [outcomes[index] for index in range(len(units))]
 
 
 async def all_of(work: Iterable[Awaitable[Result]]) -> list[Result]:
